@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.config.convert import Converted, convert_file, settings_of
+from preceptor.config.convert import convert_file, settings_of
+from preceptor.config.peer_settings import Conversion
 from preceptor.errors import ConfigError
 
 RESULT = Path(__file__).parent / "results" / "peer_files.json"
@@ -113,7 +114,7 @@ def reason(message: str, file: Path) -> str:
     return re.sub(r"`(\w+): .*?`: it", r"`\1`: it", short).removesuffix(DONE)
 
 
-def filled(found: Converted) -> dict[str, Any]:
+def filled(found: Conversion) -> dict[str, Any]:
     """The run file, with a path for what is left open."""
     tree = {"out": "out", **found.tree}
     tree["model"] = {"path": "model", **tree.get("model", {})}

@@ -166,7 +166,7 @@ def test_a_number_of_processes_that_is_none(number, preceptor, run_file):
 
 
 def test_a_mistake_in_the_run_file_is_told_before_processes_are_started(preceptor, run_file, monkeypatch):
-    monkeypatch.setattr("preceptor.commands.launch.launch", None)
+    monkeypatch.setattr("preceptor.commands.train.launch", None)
     code, _, err = preceptor("train", run_file(), "--nproc", "2", "train.batch_sise=2")
     assert code == 2 and err.count("error: ") == 1 and "batch_size" in err
 

@@ -12,37 +12,20 @@ import os
 import sys
 import tempfile
 import traceback
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from preceptor import __version__, errors
-from preceptor.commands import (
-    cache,
-    chat,
-    check,
-    compare,
-    convert,
-    demo,
-    doctor,
-    eval,
-    export,
-    init,
-    merge,
-    plan,
-    report,
-    schema,
-    select,
-    show,
-    template,
-    track,
-    train,
-    watch,
-)
+from preceptor.commands import cache
 from preceptor.console import say
 from preceptor.errors import is_out_of_memory
 
 _LONGEST_MESSAGE = 300  # characters
+# In the order of `--help`: of each the function of its name in its file.
+_COMMANDS = """train watch init demo show check template plan report chat merge export select eval compare schema doctor
+    convert track""".split()  # noqa: SIM905
 
 app = typer.Typer(
     name="preceptor",
@@ -110,26 +93,6 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-for command in (
-    train.train,
-    watch.watch,
-    init.init,
-    demo.demo,
-    show.show,
-    check.check,
-    template.template,
-    plan.plan,
-    report.report,
-    chat.chat,
-    merge.merge,
-    export.export,
-    select.select,
-    eval.eval,
-    compare.compare,
-    schema.schema,
-    doctor.doctor,
-    convert.convert,
-    track.track,
-):
-    app.command()(command)
+for command in _COMMANDS:
+    app.command()(getattr(import_module(f"preceptor.commands.{command}"), command))
 app.add_typer(cache.cache, name="cache")

@@ -9,9 +9,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,8 +20,6 @@ from rich.text import Text
 _FILE_WIDTH = 160  # characters of a table in a file
 _EVERY_EXAMPLES = 20
 _SECONDS = 0.1  # between two drawings
-
-T = TypeVar("T")
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _JSON_CONTROL = {code: f"\\u{code:04x}" for code in range(127, 160)}  # json.dumps escapes the others
@@ -78,8 +75,7 @@ def without_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
-    if enabled:
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -99,29 +95,26 @@ class _LastingStream:
         self._is_open = True
 
     def write(self, text: str) -> int:
-        return self._try(lambda: int(self._stream.write(text)), len(text))
+        self._try(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        self._try(self._stream.flush, None)
+        self._try(self._stream.flush)
 
-    def _try(self, action: Callable[[], T], instead: T) -> T:
-        if not self._is_open:
-            return instead
-        try:
-            return action()
-        except (OSError, ValueError):  # ValueError: closed
-            self._is_open = False
-            self._discard()
-            return instead
+    def _try(self, action: Callable[..., object], *given: str) -> None:
+        if self._is_open:
+            try:
+                action(*given)
+            except (OSError, ValueError):  # ValueError: closed
+                self._is_open = False
+                self._discard()
 
     def _discard(self) -> None:
         """So that what is still in the buffer fails no later flush, such as the one when Python ends."""
-        try:
+        with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-        except (OSError, ValueError):
-            pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -211,9 +204,7 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def step(self, values: dict[str, Any]) -> None:

@@ -153,6 +153,11 @@ def test_an_override_that_cannot_be_applied_is_rejected(tmp_path, override):
         load(tmp_path, MINIMAL, [override])
 
 
+def test_an_override_into_an_element_that_has_no_keys_is_rejected(tmp_path):
+    with pytest.raises(ConfigError, match=r"0 is 'a\.jsonl' in the run file, which has no keys"):
+        load(tmp_path, "model: {path: m}\ndata: {train: [a.jsonl]}\nout: o\n", ["data.train.0.path=b.jsonl"])
+
+
 def test_numbers_without_a_point_are_numbers(tmp_path):
     assert load(tmp_path, MINIMAL + "optimizer: {learning_rate: 2e-4}\n").optimizer.learning_rate == 2e-4
 

@@ -525,3 +525,5 @@ def test_large_numbers_of_steps_are_written_out():
     found = of("TRL", max_steps=2_000_000, save_steps=1_234_567, warmup_steps=1_000_001)
     assert found.tree["checkpoint"] == {"every": "1234567 steps"}
     assert found.tree["optimizer"]["warmup"] == "1000001 steps"
+    found = convert(PeerFile("Axolotl", {"max_steps": 10**400}), Path())  # no float holds it
+    assert found.tree["optimizer"]["warmup"] == "100 steps"

@@ -402,7 +402,7 @@ def test_arguments_by_their_place(tmp_path):
     unsloth = (
         'm, t = FastLanguageModel.from_pretrained("m", 512)\nm = FastLanguageModel.get_peft_model(m, 8, ["q_proj"], 32)'
     )
-    found = settings_of(tmp_path, f'{unsloth}\nt = get_chat_template(t, "chatml")\n').settings
+    found = settings_of(tmp_path, f'{unsloth}\nt = get_chat_template(t, "chatml")\nSFTTrainer(m)\n').settings
     assert found["from_pretrained"] == {"model_name": "m", "max_seq_length": 512}
     assert found["get_peft_model"] == {"r": 8, "target_modules": ["q_proj"], "lora_alpha": 32}
     assert found["chat_template"] == "chatml"
@@ -410,7 +410,7 @@ def test_arguments_by_their_place(tmp_path):
     assert found == {"model_name_or_path": "m", "train_dataset": {"path": "a/b"}}
     found = settings_of(tmp_path, 't = dict(model="m")\nSFTTrainer(**t)\n')
     assert found.settings == {"model_name_or_path": "m"} and not found.unread
-    assert "write their names" in settings_of(tmp_path, "LoraConfig(16)\n").unread[0]
+    assert "write their names" in settings_of(tmp_path, 'LoraConfig(16)\nSFTTrainer("m")\n').unread[0]
 
 
 def test_what_could_not_be_read_gets_no_default_of_the_trainer(tmp_path):

@@ -17,9 +17,9 @@ from preceptor.api.results import TrainResult
 from preceptor.api.run import Run
 from preceptor.api.values import refuse_iterable
 from preceptor.chat.format import load_tokenizer
-from preceptor.config.convert import Converted, convert, known_settings
+from preceptor.config.convert import convert, known_settings
 from preceptor.config.peer_defaults import ARGUMENTS
-from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import NO_COUNTERPART, OF_TRAINER
 from preceptor.config.sections import nearest
 from preceptor.console import say
@@ -129,7 +129,7 @@ class SFTTrainer:
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
         settings |= {f"{place}_dataset": "in memory" for place in data}
         file = PeerFile("TRL", {"model_name_or_path": name, **settings}, defaults=defaults)
-        converted: Converted = convert(file, Path())
+        converted = convert(file, Path())
         for key, why in converted.unoffered:
             raise ConfigError(f"{key}: {why}")
         tree, self.notes = converted.tree, converted.notes

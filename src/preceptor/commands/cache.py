@@ -3,12 +3,14 @@
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from preceptor import errors
 from preceptor.commands.options import AsJson
+from preceptor.console import print_json, say
+from preceptor.files import readable_bytes
 
 if TYPE_CHECKING:
     from preceptor.data.cache import CacheEntry
@@ -27,13 +29,14 @@ def list_entries(context: typer.Context, folder: Folder = None, as_json: AsJson 
     """List what the cache holds, the longest unused first: size, age, examples, sources."""
     if context.invoked_subcommand is not None:
         return
-    from preceptor.console import print_json, say
     from preceptor.data.cache import entries
 
     place = _folder(folder)
     found = entries(place)
     if as_json:
-        print_json({"folder": str(place), "entries": [_as_json(entry) for entry in found]})
+        kept = ("key", "names", "last_used", "num_bytes", "num_trees", "in_use")
+        listed = [{name: getattr(entry, name) for name in kept} for entry in found]
+        print_json({"folder": str(place), "entries": listed})
         return
     for entry in found:
         say(_line(entry))
@@ -51,10 +54,8 @@ def prune(
     folder: Folder = None,
 ) -> None:
     """Remove what was not used for long. What a running process uses stays."""
-    from preceptor.console import say
     from preceptor.data.cache import entries
     from preceptor.data.cache import prune as remove
-    from preceptor.files import readable_bytes
 
     if older_than is None and max_size is None:
         raise errors.ConfigError("say what to remove: --older-than 30d, --max-size 20GB, or both")
@@ -86,8 +87,6 @@ def _amount(text: str, units: dict[str, int], option: str) -> float:
 
 
 def _line(entry: "CacheEntry") -> str:
-    from preceptor.files import readable_bytes
-
     age = time.time() - entry.last_used
     unit, factor = next((u, f) for u, f in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)) if age >= f or f == 1)
     names = ", ".join(entry.names[:_SHOWN_NAMES]) or "rendered examples that no table names yet"
@@ -97,12 +96,5 @@ def _line(entry: "CacheEntry") -> str:
 
 
 def _total(folder: Path, found: "list[CacheEntry]") -> str:
-    from preceptor.files import readable_bytes
-
     size = readable_bytes(sum(entry.num_bytes for entry in found))
     return f"{folder}: {size} in {len(found)} entries" if found else f"{folder}: empty"
-
-
-def _as_json(entry: "CacheEntry") -> dict[str, Any]:
-    kept = ("key", "names", "last_used", "num_bytes", "num_trees", "in_use")
-    return {name: getattr(entry, name) for name in kept}

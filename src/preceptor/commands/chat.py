@@ -10,6 +10,9 @@ import typer
 
 from preceptor import errors
 from preceptor.commands.options import AnyModel, DeviceName, MaxNewTokens, TrustCode, check_models, large_imports
+from preceptor.console import say, standard_console
+from preceptor.files import read_json
+from preceptor.hub import run_folder_of
 
 
 def chat(
@@ -25,8 +28,6 @@ def chat(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, /system with a system prompt, Ctrl-D ends."""
-    from preceptor.console import say, standard_console
-
     check_models(base, model, checkpoints=True)
     with large_imports():
         from preceptor.serve.chat import Speaker, converse
@@ -60,9 +61,6 @@ def trained_system_prompt(model: str, given: str | None) -> tuple[str | None, st
 
     (None, None) where the model does not lie in a run's folder, which records it.
     """
-    from preceptor.files import read_json
-    from preceptor.hub import run_folder_of
-
     try:
         found = read_json((run_folder_of(model) or Path(model)) / "data.json")["system_prompts"]
         (prompt, count), total = found["most_common"][0], int(found["num_conversations"])

@@ -7,6 +7,7 @@ import typer
 
 from preceptor import errors
 from preceptor.commands import options
+from preceptor.console import print_json, status_line, table_console
 
 
 def compare(
@@ -44,7 +45,6 @@ def compare(
         from preceptor.compare.compare import EvaluationSuite, write
         from preceptor.compare.compare import compare as compare_models
         from preceptor.compare.text import print_comparison
-        from preceptor.console import print_json, status_line, table_console
         from preceptor.train.from_checkpoint import open_model
 
     suite = EvaluationSuite(wanted, asked, max_new_tokens, batch_size, seed)

@@ -9,9 +9,11 @@ import typer
 
 from preceptor import errors
 from preceptor.commands.options import AsJson, large_imports
+from preceptor.console import print_json, say, table_console
+from preceptor.files import writing
 
 if TYPE_CHECKING:
-    from preceptor.config.convert import Converted
+    from preceptor.config.peer_settings import Conversion
 
 
 def convert(
@@ -32,8 +34,6 @@ def convert(
 ) -> None:
     """Turn a file of another trainer into a run file."""
     from preceptor.config.convert import convert_file
-    from preceptor.console import print_json, say
-    from preceptor.files import writing
 
     if run_file is not None and run_file.exists():
         raise errors.ConfigError(f"{run_file}: exists already and is left as it is; name another file")
@@ -61,11 +61,10 @@ def convert(
         _compare(file, found, data, model, as_json)
 
 
-def _compare(file: Path, found: "Converted", data: str, model: str | None, as_json: bool) -> dict[str, Any]:
+def _compare(file: Path, found: "Conversion", data: str, model: str | None, as_json: bool) -> dict[str, Any]:
     """Print the tokens that both train, or return them. Raises ConfigError without a model, and as `check_names`."""
     from preceptor import config
     from preceptor.config.convert import settings_of
-    from preceptor.console import table_console
     from preceptor.train.session import check_names
 
     tree = {**found.tree, "out": "-", "tracker": []}

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from preceptor.commands.options import Overrides, Replace, large_imports, require_one_process
+from preceptor.console import standard_console
 
 
 def demo(
@@ -16,7 +17,6 @@ def demo(
 ) -> None:
     """Fine-tune the shipped base model as a demonstration. Shows its answers before and after."""
     require_one_process()
-    from preceptor.console import standard_console
 
     with large_imports():
         from preceptor.demo import run_demo

@@ -7,6 +7,8 @@ import typer
 
 from preceptor import errors
 from preceptor.commands import options
+from preceptor.console import print_json, status_line, table_console
+from preceptor.files import write_json
 
 
 def eval(
@@ -38,10 +40,8 @@ def eval(
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 
     with options.large_imports():
-        from preceptor.console import print_json, status_line, table_console
         from preceptor.evaluate.figures import print_evaluation, records, summary
         from preceptor.evaluate.run import evaluation_settings, run_task
-        from preceptor.files import write_json
         from preceptor.train.from_checkpoint import open_model
 
     items: list[dict[str, Any]] = []

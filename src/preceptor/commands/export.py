@@ -7,6 +7,7 @@ import typer
 
 from preceptor import errors
 from preceptor.commands.options import AnyModel, AsJson, TrustCode, large_imports
+from preceptor.console import print_json, say
 
 
 def export(
@@ -41,7 +42,6 @@ def export(
         raise errors.ConfigError("--repo goes with --to hub")
     place = out or Path(f"{source.title}-{to}")
     with large_imports():
-        from preceptor.console import print_json, say
         from preceptor.export.export import Export
         from preceptor.export.export import export as export_model
 

@@ -9,6 +9,9 @@ import typer
 
 from preceptor import errors
 from preceptor.commands.options import TemplateName, large_imports
+from preceptor.console import say
+from preceptor.files import write_json, writing
+from preceptor.hub import SCHOLAR, fetch_optional
 
 _SCHEMA = ".preceptor-schema.json"  # hidden, so that it is no data where the run file lies in a folder of data
 
@@ -31,8 +34,6 @@ def init(
 ) -> None:
     """Write a run file that suits your data and device."""
     from preceptor.config.run import json_schema
-    from preceptor.console import say
-    from preceptor.files import write_json, writing
 
     if run_file.exists():
         raise errors.ConfigError(f"{run_file}: exists already and is left as it is; name another file")
@@ -52,7 +53,6 @@ def _named_run(
 ) -> Any:
     """The run that the options name, or the answers on a terminal; all of its files exist."""
     from preceptor import config
-    from preceptor.hub import SCHOLAR
 
     asks = sys.stdin.isatty() and (model is None or not data)
     if model is None and asks:
@@ -99,7 +99,6 @@ def _suggested(
     run: Any, run_file: Path, method: Literal["auto", "full", "lora"], device_name: str | None
 ) -> tuple[str, str, str]:
     """The run file's text, what `plan` says of it, and what to do about examples that cannot be trained."""
-    from preceptor.hub import fetch_optional
     from preceptor.plan.devices import find_device
     from preceptor.plan.model import read_model
 

@@ -7,6 +7,8 @@ import typer
 
 from preceptor import errors
 from preceptor.commands import options
+from preceptor.console import say, status_line, table_console
+from preceptor.files import writing
 
 if TYPE_CHECKING:
     from preceptor.compare.compare import EvaluationSuite
@@ -58,7 +60,6 @@ def merge(
 def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: bool) -> None:
     if len(weight) > 1 or has_tasks:
         raise errors.ConfigError("several weights, and tasks or texts, go with --sweep")
-    from preceptor.console import say
     from preceptor.model.interpolate import merge_weights
 
     merge_weights(base, tuned, weight[0], out)
@@ -68,14 +69,11 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 def _sweep(
     base: str, tuned: str, weight: list[float] | None, out: Path, suite: "EvaluationSuite", dtype: str, device: str
 ) -> None:
-    from preceptor.files import writing
-
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     from preceptor.compare.sweep import WEIGHTS, write
     from preceptor.compare.sweep import sweep as sweep_weights
     from preceptor.compare.text import print_sweep
-    from preceptor.console import status_line, table_console
     from preceptor.evaluate.model import load_evaluated_model
     from preceptor.report.tradeoff import draw_plots
 

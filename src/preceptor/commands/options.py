@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from preceptor import errors
+from preceptor.console import print_json, say
+from preceptor.hub import adapter_base, checkpoint_at, resolve_model_path
 
 if TYPE_CHECKING:
     from preceptor.config import Run
@@ -71,8 +73,6 @@ def check_models(*paths: str | None, checkpoints: bool = False) -> None:
 
     checkpoints: whether a checkpoint of a run will do.
     """
-    from preceptor.hub import adapter_base, checkpoint_at, resolve_model_path
-
     for path in filter(None, paths):
         if not (checkpoints and checkpoint_at(path)):
             adapter_base(resolve_model_path(path, adapters=True))
@@ -130,8 +130,6 @@ def large_imports() -> Iterator[None]:
     On a terminal it is said that torch is being loaded, so that the first line is there at once.
     """
     if sys.stderr.isatty():
-        from preceptor.console import say
-
         say("loading torch ...", error=True)
     collects = gc.isenabled()
     gc.disable()
@@ -143,8 +141,6 @@ def large_imports() -> Iterator[None]:
 
 
 def print_result(found: dict[str, Any], as_json: bool, to_text: Callable[[dict[str, Any]], str]) -> None:
-    from preceptor.console import print_json, say
-
     if as_json:
         print_json(found)
     else:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from preceptor.console import say
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
@@ -13,7 +15,6 @@ def report(
     ] = None,
 ) -> None:
     """Write an HTML page about one or several runs. Reads their folders only."""
-    from preceptor.console import say
     from preceptor.report.page import write_report
 
     say(f"{write_report(runs, out)}: open it in a browser")

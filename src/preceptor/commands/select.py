@@ -7,6 +7,7 @@ import typer
 
 from preceptor import errors
 from preceptor.commands.options import AsJson, check_models, print_result
+from preceptor.console import example_progress
 
 
 def select(
@@ -54,7 +55,6 @@ def select(
     check_models(model)
     settings = Settings(keep, seed, read_weights(weight or []), quality_share, diversity)
     pool = open_pool(data, _columns_of(columns or []), split)
-    from preceptor.console import example_progress
     from preceptor.select.select import load_scorer, needs_model, to_text
     from preceptor.select.select import select as select_examples
 

@@ -15,6 +15,7 @@ from preceptor.commands.options import (
     large_imports,
     run_of,
 )
+from preceptor.console import standard_console
 
 
 def show(
@@ -30,7 +31,6 @@ def show(
     ] = None,
 ) -> None:
     """Show which tokens are context and which are trained."""
-    from preceptor.console import standard_console
     from preceptor.inspect.page import check_page_file, write_page
     from preceptor.inspect.show import show_examples
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from preceptor import errors
+from preceptor.console import say
+from preceptor.files import read_run_file
 
 NOT_SENT = 6  # exit code, as for files that cannot be written
 
@@ -24,8 +26,6 @@ def track(
     since: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Send the record of a run to a tracker."""
-    from preceptor.console import say
-    from preceptor.files import read_run_file
     from preceptor.trackers import follower
     from preceptor.trackers.sink import require_installed
 

@@ -1,23 +1,27 @@
 """The command `train`: fine-tune a model as described by a run file."""
 
 import json
+import logging
 import os
 import shlex
 import signal
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run
+from preceptor.console import lasting_streams, say, standard_console
+from preceptor.errors import ConfigError, ProcessError
 from preceptor.hub import SCHOLAR
-from preceptor.world import COMMAND, command_words
+from preceptor.world import COMMAND, World, command_words, num_cores
 
 if TYPE_CHECKING:
     from preceptor.config import Run
     from preceptor.train.signals import Stopped, StopRequest
-    from preceptor.world import World
+
+_SHUTDOWN_SECONDS = "600"  # to finish a step and save, before a process that was told to stop is killed
 
 
 def train(
@@ -38,11 +42,9 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
-    from preceptor.console import lasting_streams
     from preceptor.train.signals import stop_on_signals
-    from preceptor.world import World
 
-    options = Options(resume, replace, dry_run)
+    options: dict[str, Any] = {"resume": resume, "replace": replace, "dry_run": dry_run}
     if from_run is not None:
         overrides = [*(overrides or []), f"model.from_run={json.dumps(from_run)}"]
     if nproc is not None:
@@ -57,34 +59,74 @@ def train(
         _train_or_stop(load_run(run_file, overrides), run_file, options, stop, world)
 
 
-@dataclass(frozen=True)
-class Options:
-    """As on the command line."""
-
-    resume: bool
-    replace: bool
-    dry_run: bool
-
-    def words(self) -> list[str]:
-        return [f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name)]
-
-
-def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: Options) -> int:
-    from preceptor.commands.launch import launch, require_number
-    from preceptor.console import say
+def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: dict[str, Any]) -> int:
+    """In several processes, started and watched by torch's own launcher. Raises ConfigError, and as `launch`."""
     from preceptor.train.run_folder import claim
 
-    require_number(nproc)
+    if nproc != "gpu" and (not nproc.isdigit() or int(nproc) < 1):
+        raise ConfigError(f"--nproc {shlex.quote(nproc)}: neither a number of processes nor `gpu`")
     run = load_run(run_file, overrides)  # so that a mistake is told at once, by this process alone
     say(first_line(run))
-    with claim(run, run_file=run_file, resume=options.resume, replace=options.replace):
+    with claim(run, run_file=run_file, resume=options["resume"], replace=options["replace"]):
         pass  # a folder that cannot be used is refused here; the first of the processes claims it again
-    return launch(nproc, ["train", *options.words(), "--", str(run_file), *(overrides or ())])
+    words = [f"--{name.replace('_', '-')}" for name, is_on in options.items() if is_on]
+    return launch(nproc, ["train", *words, "--", str(run_file), *(overrides or ())])
 
 
-def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequest", world: "World") -> None:
+def launch(nproc: str, arguments: Sequence[str]) -> int:
+    """Run `preceptor ARGUMENTS` in so many processes (`gpu`: one for each GPU); the exit code of the run.
+
+    What torchrun does, in this process: it hands signals on, and ends all processes where one ends with an error, whose
+    exit code is returned. Raises ConfigError where there is no GPU, ProcessError where a process was killed.
+    """
+    import torch
+
+    from preceptor.train.signals import EXIT_CODE
+
+    num = torch.cuda.device_count() if nproc == "gpu" else int(nproc)
+    if num < 1:
+        raise ConfigError("--nproc gpu: torch sees no GPU here")
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ[COMMAND] = shlex.join(command_words())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
+    logging.disable(logging.CRITICAL)  # of the launcher: the processes say themselves what went wrong
+    options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(num)]
+    options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    try:
+        torchrun.run(torchrun.parse_args([*options, "-m", "preceptor", *arguments]))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        return _exit_code(error)
+    except SignalException:  # the processes have saved, or the same command goes on from the checkpoint before
+        return EXIT_CODE
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
+
+
+def _exit_code(error: "Exception") -> int:
+    """Of the processes that ended with an error; a killed one is named where no other says more.
+
+    The launcher itself ends by SIGTERM what still runs.
+    """
+    failures = error.failures  # type: ignore[attr-defined]
+    codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
+    ended = {rank: failure.exitcode for rank, failure in failures.items() if failure.exitcode < 0}
+    killed = {
+        rank: code for rank, code in ended.items() if code != -signal.SIGTERM and set(codes) <= {ProcessError.exit_code}
+    }
+    if killed:
+        names = ", ".join(f"process {rank} by {signal.Signals(-code).name}" for rank, code in sorted(killed.items()))
+        why = " (SIGKILL: memory may have run out)" if -signal.SIGKILL in killed.values() else ""
+        say(f"killed: {names}{why}", error=True)
+    return codes[0] if codes else ProcessError.exit_code
+
+
+def _train_or_stop(run: "Run", run_file: Path, options: dict[str, Any], stop: "StopRequest", world: "World") -> None:
     """Train, and say where the model is, or how to go on."""
-    from preceptor.console import say, standard_console
     from preceptor.train.session import Session
     from preceptor.train.signals import EXIT_CODE, Stopped
 
@@ -94,7 +136,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
         stop,
         world,
         run_file,
-        **asdict(options),
+        **options,
         importing=large_imports,
         first_line=None if COMMAND in os.environ else first_line(run),
     )  # where there is a launcher, it has said the first line
@@ -105,7 +147,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(_how_to_go_on(stopped, run.out), error=True)
         raise SystemExit(EXIT_CODE) from None  # no error, as typer.Exit would be
-    if options.dry_run:
+    if options["dry_run"]:
         if session.training is not None:
             say("dry run: everything is checked up to the first step, and nothing is written")
         return

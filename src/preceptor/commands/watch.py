@@ -4,17 +4,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from preceptor.commands.options import AsJson
+from preceptor.console import print_json, say, standard_console, table_console
 
 if TYPE_CHECKING:
-    from preceptor.watch.status import LiveRun
+    from preceptor.watch.status import LiveRun, RunLook
 
 _EVERY_SECONDS = 1.0
 _SHARE = 10  # of the time is spent waiting, for each part that a look takes
@@ -72,32 +73,32 @@ def _until_interrupted() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _wait(end: threading.Event, started: float) -> None:
-    """Until the next look; the longer, the more a look takes."""
-    end.wait(max(_EVERY_SECONDS, _SHARE * (time.perf_counter() - started)))
+def _until_finished(live: "list[LiveRun]", end: threading.Event, show: "Callable[[list[RunLook]], None]") -> None:
+    """Look at the runs and show them, again and again, until all are finished."""
+    from preceptor.watch.status import has_ended
+
+    while not end.is_set():
+        started = time.perf_counter()
+        looks = [run.look() for run in live]
+        show(looks)
+        if all(map(has_ended, looks)):
+            return
+        end.wait(max(_EVERY_SECONDS, _SHARE * (time.perf_counter() - started)))
 
 
 def _show(live: "list[LiveRun]", end: threading.Event) -> None:
-    """On a terminal, until all runs are finished; what was seen last stays there."""
+    """On a terminal; what was seen last stays there."""
     from rich.live import Live
 
-    from preceptor.console import standard_console
-    from preceptor.watch.status import has_ended
     from preceptor.watch.terminal import screen
 
     console = standard_console()
-    looks = [run.look() for run in live]
-    with Live(screen(looks, console), console=console, screen=True, auto_refresh=False) as display:
-        while not end.is_set() and not all(has_ended(look) for look in looks):
-            started = time.perf_counter()
-            looks = [run.look() for run in live]
-            display.update(screen(looks, console), refresh=True)
-            _wait(end, started)
-    console.print(screen(looks, console))
+    with Live(console=console, screen=True, auto_refresh=False) as display:
+        _until_finished(live, end, lambda looks: display.update(screen(looks, console), refresh=True))
+    console.print(display.get_renderable())
 
 
 def _print_once(live: "list[LiveRun]", as_json: bool) -> None:
-    from preceptor.console import print_json, table_console
     from preceptor.watch.status import status_of
     from preceptor.watch.terminal import screen
 
@@ -111,27 +112,21 @@ def _print_once(live: "list[LiveRun]", as_json: bool) -> None:
 
 
 def _print_news(live: "list[LiveRun]", as_json: bool, end: threading.Event) -> None:
-    """Lines of what is new, until all runs are finished; as JSON whenever anything has changed."""
-    from preceptor.console import print_json, say
+    """Lines of what is new; as JSON whenever anything has changed, but what changes while nothing happens."""
     from preceptor.watch.status import status_of
     from preceptor.watch.terminal import News
 
-    news, known = [News() for _ in live], [{} for _ in live]  # type: list[News], list[dict[str, Any]]
-    while not end.is_set():
-        started = time.perf_counter()
-        found = [status_of(run.look()) for run in live]
-        for number, status in enumerate(found):
-            if as_json and _lasting(status) != _lasting(known[number]):
+    news = [News() for _ in live]
+    known: dict[int, dict[str, object]] = {}
+
+    def show(looks: "list[RunLook]") -> None:
+        for number, status in enumerate(map(status_of, looks)):
+            lasting = {key: value for key, value in status.items() if key not in ("seconds_since_written", "says")}
+            if as_json and lasting != known.get(number):
+                known[number] = lasting
                 print_json(status, indent=None)
             elif not as_json and (line := news[number].line(status)):
                 say(line)
-        known = found
         sys.stdout.flush()
-        if all(status["state"] == "finished" for status in found):
-            return
-        _wait(end, started)
 
-
-def _lasting(status: dict[str, Any]) -> dict[str, Any]:
-    """Without what changes while nothing happens."""
-    return {key: value for key, value in status.items() if key not in ("seconds_since_written", "says")}
+    _until_finished(live, end, show)

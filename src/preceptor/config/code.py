@@ -76,15 +76,6 @@ def load_code(named: str, key: str) -> OwnFunction:
     return OwnFunction(name, hashlib.sha256(content + b"\0" + name.encode()).hexdigest(), function)
 
 
-def beside_code(named: str | None, folder: Path) -> str | None:
-    """A file that exists only beside the run file, made absolute."""
-    if named is None or isinstance(named, HeldCode):
-        return named
-    file, colon, name = named.rpartition(":")
-    near = folder / file
-    return f"{near.resolve()}{colon}{name}" if file and not Path(file).exists() and near.exists() else named
-
-
 def _place(named: str, key: str) -> tuple[Path, str]:
     if named.startswith(LIVE):
         raise ConfigError(f"{key}: {named}: a function that a Python program held; the same program goes on")

@@ -3,28 +3,16 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 Unit = Literal["epochs", "steps", "percent", "seconds", "minutes", "hours"]
 _UNITS: dict[str, Unit] = {
-    "epoch": "epochs",
-    "epochs": "epochs",
-    "step": "steps",
-    "steps": "steps",
-    "%": "percent",
-    "percent": "percent",
-    "second": "seconds",
-    "seconds": "seconds",
-    "minute": "minutes",
-    "minutes": "minutes",
-    "hour": "hours",
-    "hours": "hours",
+    name: unit for unit in get_args(Unit) for name in ("%" if unit == "percent" else unit.removesuffix("s"), unit)
 }
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
-
 _LARGEST = 10**9
 
 

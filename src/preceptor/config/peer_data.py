@@ -1,4 +1,4 @@
-"""Data sets that a file of another trainer names, as the sources of a run file."""
+"""The data of another trainer's file -> the section `data` of a run file."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from preceptor.config.peer_defaults import OFF
 from preceptor.config.peer_files import dataset_info
-from preceptor.config.peer_settings import PeerSettings
+from preceptor.config.peer_settings import Conversion
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, table
 from preceptor.errors import short
 
@@ -28,177 +28,241 @@ _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _IMAGES = {"images", "videos", "audios"}
 
 
-class Sources:
-    """folder: where the file lies, for what it names."""
+def data_section(given: Conversion, folder: Path, packed: bool) -> None:
+    """Set the keys of the section `data`. folder: where the file lies, for what it names."""
+    texts = _set_sources(given, folder)
+    streaming = bool(given.on("streaming", "dataset_streaming", "pretraining_dataset"))
+    for key in ("val_set_size", "val_size", "test_split_size"):
+        share = given.number(key, given.on(key) or 0)
+        if share and (streaming or share >= 1):
+            why = "a stream has no end to choose from" if streaming else "data.eval_size is a share, such as 0.05"
+            given.note(key, f"{why}; or name held-out files in data.eval")
+        elif share:
+            given.set("data.eval_size", share)
+    if streaming:
+        _set_stream(given, folder)
+    given.takes("dataset_text_field", "text")  # as here
+    _set_chat_template(given)
+    _set_train_on(given)
+    for key, value in long_examples(given, packed, texts).items():
+        given.set(key, value)
 
-    def __init__(self, given: PeerSettings, folder: Path) -> None:
-        self._given, self._folder = given, folder
-        self._found: dict[str, list[dict[str, Any]]] = {}
-        self.are_texts = given.settings.get("stage") == "pt"
 
-    def _set(self, key: str, sources: list[dict[str, Any]]) -> None:
-        self._found.setdefault(key, sources)
+def _set_stream(given: Conversion, folder: Path) -> None:
+    given.set("data.streaming", True)
+    for source in given.tree["data"].get("train", ()):
+        if HUB_ID.fullmatch(path := source["path"]) and not (folder / path).exists():
+            given.note(
+                "streaming",
+                f"{path} is of the Hub: a stream reads its files, hf://datasets/{path} or a folder or pattern in it; "
+                "`split` chooses by their names, and `name` is a folder",
+            )
+    key = "streaming_multipack_buffer_size" if given.peer == "Axolotl" else "buffer_size"
+    given.carry({key: ("data.window", int)})
 
-    def read(self) -> dict[str, list[dict[str, Any]]]:
-        """`data.train` and `data.eval`, where they are named."""
-        train: Any = None
-        held_out: Any = None
-        mixture = self._given.settings.get("dataset_mixture")
-        if isinstance(mixture, Mapping):  # of the alignment handbook
-            self._given.used.add("dataset_mixture")
-            self._given.settings |= {key: mixture[key] for key in ("datasets", "test_split_size") if mixture.get(key)}
-        if self._given.peer == "Axolotl":
-            train, held_out = self._given.on("datasets"), self._given.value("test_datasets")
-            texts = self._given.on("pretraining_dataset")
-            if train is not None and texts is not None:
-                self._given.note("pretraining_dataset", f"{short(texts)}: left out, for `datasets` is there too")
-                del self._given.settings["pretraining_dataset"]  # nor does it ask for a stream
-            elif texts is not None:
-                each = texts if isinstance(texts, list) else [texts]
-                train = [{"type": "pretrain", **(one if isinstance(one, Mapping) else {"path": one})} for one in each]
-        elif self._given.peer == "LLaMA-Factory":
-            self._named_data("dataset", "data.train")
-            self._named_data("eval_dataset", "data.eval")
+
+def _set_chat_template(given: Conversion) -> None:
+    given.takes("chat_template", "jinja")  # that is, the template of chat_template_jinja
+    named = given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")
+    name, own = str(named), "absent here: the model's own, else chatml"
+    if named in (None, "tokenizer_default", "default", "empty"):
+        return
+    if name in ("chatml", "llama3", "tokenizer") or name.endswith(".jinja"):
+        given.set("data.chat_template", name)
+    elif "{%" in name or "{{" in name:
+        why = "a template in the file itself: write it to a file that ends in .jinja, and name that"
+        given.note("chat_template", f"{why} in data.chat_template; {own}")
+    else:
+        why = f"{short(named)} is a template of {given.peer}'s own; {own} (`preceptor show` shows it)"
+        given.note("chat_template", why)
+
+
+def _set_train_on(given: Conversion) -> None:
+    only_completion, roles = given.value("completion_only_loss"), given.value("roles_to_train")
+    if given.on("train_on_inputs", "train_on_prompt") or only_completion is False:
+        given.set("data.train_on", "all")
+    elif given.on("mask_history"):
+        given.set("data.train_on", "last")
+    elif only_completion not in (None, True):
+        given.note("completion_only_loss", f"{short(only_completion)}: set data.train_on")
+    elif roles not in (None, ["assistant"]):
+        given.note("roles_to_train", f"{short(roles)}: only assistant turns, the last one, or all can be trained")
+    elif given.peer in ("TRL", "Unsloth") and not given.on("assistant_only_loss"):
+        given.note(
+            "assistant_only_loss",
+            "off, so TRL trains all tokens of `messages` (of prompt and completion: the completion); here what the "
+            "model answers is trained; `data.train_on: all` trains the prompt as well",
+        )
+
+
+def _set_sources(given: Conversion, folder: Path) -> bool:
+    """Set `data.train` and `data.eval`, where they are named. Whether it is trained on plain texts."""
+    texts = bool(given.settings.get("stage") == "pt")
+    mixture = given.settings.get("dataset_mixture")
+    if isinstance(mixture, Mapping):  # of the alignment handbook
+        given.used.add("dataset_mixture")
+        given.settings |= {key: mixture[key] for key in ("datasets", "test_split_size") if mixture.get(key)}
+    if given.peer == "LLaMA-Factory":
+        _set_named_data(given, folder, "dataset", "data.train")
+        _set_named_data(given, folder, "eval_dataset", "data.eval")
+    else:
+        train, held_out = (_several(entries) for entries in _entries(given))
+        if train:
+            texts = all(isinstance(one, Mapping) and one.get("type") in _OF_TEXT for one in train)
+        for key, each in (("data.train", train), ("data.eval", held_out)):
+            given.set(key, [_source(given, key, one) for one in each] or None)
+    if given.settings.get("max_samples") and given.value("max_samples"):
+        given.note("max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand")
+    return texts
+
+
+def _entries(given: Conversion) -> tuple[Any, Any]:
+    """What is said of training and of held-out data: an entry, or a list of them."""
+    if given.peer != "Axolotl":
+        train, held_out = given.value("train_dataset", "datasets"), given.value("eval_dataset")
+        if train is None and (name := given.value("dataset_name")) is not None:
+            found = {"path": name, "name": given.value("dataset_config")}
+            train = {**found, "split": given.value("dataset_train_split") or "train"}
+            if given.on("eval_strategy", "evaluation_strategy") and held_out is None:
+                held_out = {**found, "split": given.value("dataset_test_split") or "test"}
+        return train, held_out
+    train, held_out, texts = given.on("datasets"), given.value("test_datasets"), given.on("pretraining_dataset")
+    if train is not None and texts is not None:
+        given.note("pretraining_dataset", f"{short(texts)}: left out, for `datasets` is there too")
+        del given.settings["pretraining_dataset"]  # nor does it ask for a stream
+    elif texts is not None:
+        each = texts if isinstance(texts, list) else [texts]
+        train = [{"type": "pretrain", **(one if isinstance(one, Mapping) else {"path": one})} for one in each]
+    return train, held_out
+
+
+def _several(entries: Any) -> list[Any]:
+    """The entries of a list, or the one that there is; of several files, one for each."""
+    found = []
+    for entry in (entries if isinstance(entries, list) else [entries]) if entries else ():
+        files = entry.get("data_files") if isinstance(entry, Mapping) else None
+        found += [{**entry, "data_files": file} for file in files] if isinstance(files, list) else [entry]
+    return found
+
+
+def _source(given: Conversion, key: str, entry: Any) -> dict[str, Any]:
+    """One data set of Axolotl's list, or the arguments of `load_dataset`."""
+    if not isinstance(entry, Mapping):
+        return {"path": str(entry)}
+    values = {_SAME.get(str(name), str(name)): value for name, value in entry.items() if value not in OFF}
+    found = _place(given, key, values)
+    if isinstance(values.get("columns"), list):  # those that are read; here the columns of the format are
+        values.pop("columns")
+    columns = _columns(given, key, values)
+    if any(ours != theirs for ours, theirs in columns.items()):
+        found["columns"] = columns
+    if values.get("roles_to_train") == ["assistant"]:
+        values.pop("roles_to_train")
+    _format(given, key, values)
+    for name, value in values.items():
+        advice = NO_COUNTERPART.get(name) or _OF_SOURCES.get(name) or "not known here: see docs/data.md"
+        given.note(f"{key} {name}", f"{short(value)}: {advice}")
+    return found
+
+
+def _place(given: Conversion, key: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Takes what says where the data is, and which of it, out of the values."""
+    path, files = values.pop("path", None), values.pop("data_files", None)
+    kind = values.pop("ds_type", None)
+    if files is not None:
+        if not isinstance(files, str):
+            given.note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
+        elif path is not None and HUB_ID.fullmatch(str(path)) and "://" not in files:
+            path = f"hf://datasets/{path}/{files}"
         else:
-            train, held_out = self._given.value("train_dataset", "datasets"), self._given.value("eval_dataset")
-            if train is None and (name := self._given.value("dataset_name")) is not None:
-                found = {"path": name, "name": self._given.value("dataset_config")}
-                train = {**found, "split": self._given.value("dataset_train_split") or "train"}
-                if self._given.on("eval_strategy", "evaluation_strategy") and held_out is None:
-                    held_out = {**found, "split": self._given.value("dataset_test_split") or "test"}
-        for key, entries in (("data.train", train), ("data.eval", held_out)):
-            if entries:
-                each = [one for entry in (entries if isinstance(entries, list) else [entries]) for one in _files(entry)]
-                if key == "data.train":
-                    self.are_texts = all(isinstance(one, Mapping) and one.get("type") in _OF_TEXT for one in each)
-                sources = [self._source(key, one) for one in each]
-                self._set(key, [source for source in sources if source])
-        if self._given.settings.get("max_samples") and self._given.value("max_samples"):
-            self._given.note(
-                "max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand"
+            path = files
+        values.pop("split", None)  # of a file there is only one
+    found: dict[str, Any] = {"path": str(path)}
+    if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
+        found["split"] = str(values.pop("split", "train"))
+    elif values.get("split") == "train":  # all that a file has
+        values.pop("split")
+    if "name" in values and files is None:
+        found["name"] = str(values.pop("name"))
+    found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
+    values.pop("weight", None)
+    return found
+
+
+def _columns(given: Conversion, key: str, values: dict[str, Any]) -> dict[str, str]:
+    """What Axolotl says of the names of columns."""
+    kind, found = values.get("type"), {}
+    if isinstance(kind, Mapping):  # a prompt of the user's own
+        found = {ours: str(kind[theirs]) for theirs, ours in _OF_PROMPTS.items() if kind.get(theirs) not in OFF}
+    if kind in _OF_TEXT and (column := values.pop("text_column", None) or values.pop("field", None)) is not None:
+        found["text"] = str(column)
+    if (column := values.pop("field_messages", None)) not in (None, "messages", "conversations"):
+        found["messages"] = str(column)
+    if kind is None and given.peer == "Axolotl":
+        given.note(f"{key} type", "absent: rows of token ids there, which are not read here")
+    return found
+
+
+def _format(given: Conversion, key: str, values: dict[str, Any]) -> None:
+    """What Axolotl says of the format of examples; here it is recognised by their keys."""
+    kind = values.pop("type", None)
+    roles = values.get("roles")
+    if isinstance(roles, Mapping) and {name for names in roles.values() for name in names or ()} <= _ROLES:
+        values.pop("roles")
+    for name in ("message_field_role", "message_field_content"):
+        if values.get(name) in _MESSAGE_KEYS:
+            values.pop(name)
+    mappings = values.get("message_property_mappings")
+    if isinstance(mappings, Mapping) and set(mappings.values()) <= {*_MESSAGE_KEYS}:
+        values.pop("message_property_mappings")
+    if kind not in (None, "chat_template", "sharegpt", *_OF_TEXT):
+        given.note(
+            f"{key} type",
+            f"{short(kind)} writes its own prompt there; here such an example becomes a conversation in the chat "
+            "template",
+        )
+
+
+def _set_named_data(given: Conversion, folder: Path, key: str, ours: str) -> None:
+    """LLaMA-Factory names data sets of data/dataset_info.json."""
+    names = given.value(key)
+    if not names:
+        return
+    known = dataset_info(given.settings, folder)
+    sources = []
+    for name in names if isinstance(names, list) else str(names).split(","):
+        entry = known.get(str(name).strip())
+        if entry is None:
+            given.note(
+                key,
+                f"{str(name).strip()!r} is an entry of dataset_info.json, which is not here: write its file's path",
             )
-        return self._found
-
-    def _source(self, key: str, entry: Any) -> dict[str, Any]:
-        """One data set of Axolotl's list, or the arguments of `load_dataset`."""
-        if not isinstance(entry, Mapping):
-            return {"path": str(entry)}
-        values = {_SAME.get(str(name), str(name)): value for name, value in entry.items() if value not in OFF}
-        found = self._place(key, values)
-        if isinstance(values.get("columns"), list):  # those that are read; here the columns of the format are
-            values.pop("columns")
-        columns = self._columns(key, values)
-        if any(ours != theirs for ours, theirs in columns.items()):
-            found["columns"] = columns
-        if values.get("roles_to_train") == ["assistant"]:
-            values.pop("roles_to_train")
-        self._format(key, values)
-        for name, value in values.items():
-            advice = NO_COUNTERPART.get(name) or _OF_SOURCES.get(name) or "not known here: see docs/data.md"
-            self._given.note(f"{key} {name}", f"{short(value)}: {advice}")
-        return found
-
-    def _place(self, key: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Takes what says where the data is, and which of it, out of the values."""
-        path, files = values.pop("path", None), values.pop("data_files", None)
-        kind = values.pop("ds_type", None)
-        if files is not None:
-            if not isinstance(files, str):
-                self._given.note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
-            elif path is not None and HUB_ID.fullmatch(str(path)) and "://" not in files:
-                path = f"hf://datasets/{path}/{files}"
-            else:
-                path = files
-            values.pop("split", None)  # of a file there is only one
-        found: dict[str, Any] = {"path": str(path)}
-        if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
-            found["split"] = str(values.pop("split", "train"))
-        elif values.get("split") == "train":  # all that a file has
-            values.pop("split")
-        if "name" in values and files is None:
-            found["name"] = str(values.pop("name"))
-        found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
-        values.pop("weight", None)
-        return found
-
-    def _columns(self, key: str, values: dict[str, Any]) -> dict[str, str]:
-        """What Axolotl says of the names of columns."""
-        kind, found = values.get("type"), {}
-        if isinstance(kind, Mapping):  # a prompt of the user's own
-            found = {ours: str(kind[theirs]) for theirs, ours in _OF_PROMPTS.items() if kind.get(theirs) not in OFF}
-        if kind in _OF_TEXT and (column := values.pop("text_column", None) or values.pop("field", None)) is not None:
-            found["text"] = str(column)
-        if (column := values.pop("field_messages", None)) not in (None, "messages", "conversations"):
-            found["messages"] = str(column)
-        if kind is None and self._given.peer == "Axolotl":
-            self._given.note(f"{key} type", "absent: rows of token ids there, which are not read here")
-        return found
-
-    def _format(self, key: str, values: dict[str, Any]) -> None:
-        """What Axolotl says of the format of examples; here it is recognised by their keys."""
-        kind = values.pop("type", None)
-        roles = values.get("roles")
-        if isinstance(roles, Mapping) and {name for names in roles.values() for name in names or ()} <= _ROLES:
-            values.pop("roles")
-        for name in ("message_field_role", "message_field_content"):
-            if values.get(name) in _MESSAGE_KEYS:
-                values.pop(name)
-        mappings = values.get("message_property_mappings")
-        if isinstance(mappings, Mapping) and set(mappings.values()) <= {*_MESSAGE_KEYS}:
-            values.pop("message_property_mappings")
-        if kind not in (None, "chat_template", "sharegpt", *_OF_TEXT):
-            self._given.note(
-                f"{key} type",
-                f"{short(kind)} writes its own prompt there; here such an example becomes a conversation in the chat "
-                "template",
-            )
-
-    def _named_data(self, key: str, ours: str) -> None:
-        """LLaMA-Factory names data sets of data/dataset_info.json."""
-        names = self._given.value(key)
-        if not names:
-            return
-        known = dataset_info(self._given.settings, self._folder)
-        sources = []
-        for name in names if isinstance(names, list) else str(names).split(","):
-            entry = known.get(str(name).strip())
-            if entry is None:
-                self._given.note(
-                    key,
-                    f"{str(name).strip()!r} is an entry of dataset_info.json, which is not here: write its file's path",
-                )
-                continue
-            if not (entry.get("hf_hub_url") or entry.get("file_name")):
-                why = "its entry has neither hf_hub_url nor file_name: name its file or Hub id in data"
-                self._given.note(key, f"{str(name).strip()!r}: {why}")
-                continue
-            path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry["file_name"]))
-            ours_of = {"prompt": "text"} if self._given.settings.get("stage") == "pt" else _COLUMNS
-            given = entry.get("columns") or {}
-            columns = {ours_of.get(part, part): column for part, column in given.items() if part not in _IMAGES}
-            if seen := sorted(_IMAGES & given.keys()):
-                self._given.not_offered(key, f"{', '.join(seen)} of {str(name).strip()!r}: {OF_IMAGES}")
-            tags = set((entry.get("tags") or {}).values()) - {*_MESSAGE_KEYS, *_ROLES, "function_call"}
-            if tags:
-                self._given.note(key, f"{str(name).strip()!r}: messages have {', '.join(sorted(tags))}: rename them")
-            renamed = any(part != column for part, column in columns.items() if part != "messages")
-            messages = columns.get("messages", "messages") not in ("messages", "conversations")
-            own = {"name": entry.get("subset"), "split": entry.get("split"), "count": entry.get("num_samples")}
-            if "hf_hub_url" in entry:
-                own["split"] = entry.get("split") or "train"
-            own["columns"] = columns if renamed or messages else None
-            sources.append({"path": path, **{part: value for part, value in own.items() if value is not None}})
-        if sources:
-            self._set(ours, sources)
+            continue
+        if not (entry.get("hf_hub_url") or entry.get("file_name")):
+            why = "its entry has neither hf_hub_url nor file_name: name its file or Hub id in data"
+            given.note(key, f"{str(name).strip()!r}: {why}")
+            continue
+        path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry["file_name"]))
+        ours_of = {"prompt": "text"} if given.settings.get("stage") == "pt" else _COLUMNS
+        named = entry.get("columns") or {}
+        columns = {ours_of.get(part, part): column for part, column in named.items() if part not in _IMAGES}
+        if seen := sorted(_IMAGES & named.keys()):
+            given.not_offered(key, f"{', '.join(seen)} of {str(name).strip()!r}: {OF_IMAGES}")
+        tags = set((entry.get("tags") or {}).values()) - {*_MESSAGE_KEYS, *_ROLES, "function_call"}
+        if tags:
+            given.note(key, f"{str(name).strip()!r}: messages have {', '.join(sorted(tags))}: rename them")
+        renamed = any(part != column for part, column in columns.items() if part != "messages")
+        messages = columns.get("messages", "messages") not in ("messages", "conversations")
+        own = {"name": entry.get("subset"), "split": entry.get("split"), "count": entry.get("num_samples")}
+        if "hf_hub_url" in entry:
+            own["split"] = entry.get("split") or "train"
+        own["columns"] = columns if renamed or messages else None
+        sources.append({"path": path, **{part: value for part, value in own.items() if value is not None}})
+    if sources:
+        given.set(ours, sources)
 
 
-def _files(entry: Any) -> list[Any]:
-    """An entry for each of several files."""
-    files = entry.get("data_files") if isinstance(entry, Mapping) else None
-    return [{**entry, "data_files": file} for file in files] if isinstance(files, list) else [entry]
-
-
-def long_examples(given: PeerSettings, packed: bool, texts: bool) -> dict[str, Any]:
+def long_examples(given: Conversion, packed: bool, texts: bool) -> dict[str, Any]:
     """What becomes of examples over the maximum length, which end no run of another trainer: keys of the run file.
 
     There they are cut, split or dropped.

@@ -123,8 +123,10 @@ router_aux_loss_coef moe_aux_loss_coef: loss.router_aux_coef
 """,
     }
 )
-OF_ADAPTERS = _by_type({int: "r lora_r lora_rank: rank", float: "lora_alpha: alpha\nlora_dropout: dropout"})
-"""Their keys whose values need no more than a type: the key here, or in the section `adapter`."""
+OF_ADAPTERS = _by_type(
+    {int: "r lora_r lora_rank: adapter.rank", float: "lora_alpha: adapter.alpha\nlora_dropout: adapter.dropout"}
+)
+"""Their keys whose values need no more than a type: the key here."""
 
 SCHEDULERS = table("""
 cosine cosine_with_min_lr get_cosine_schedule_with_warmup: cosine

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 from preceptor.config.peer_defaults import Peer
 from preceptor.config.peer_kinds import OTHER_FILES, refuse_others, refuse_task
 from preceptor.config.peer_script import read_script
+from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES
 from preceptor.config.yaml_text import NumberLoader
 from preceptor.errors import ConfigError
@@ -32,19 +32,6 @@ _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
 """The first peer of which the file has one of these keys."""
 
 
-@dataclass
-class PeerFile:
-    """settings: their keys and values. unread: what the file says in a way that cannot be read, as sentences.
-
-    defaults: values that come before the trainer's own where the file has no key.
-    """
-
-    peer: Peer
-    settings: dict[str, Any]
-    unread: list[str] = field(default_factory=list)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
 def read_peer_file(path: Path) -> PeerFile:
     """Raises ConfigError for a file that cannot be read, whose trainer cannot be told, or that is not of SFT."""
     file = _read(path)
@@ -58,10 +45,7 @@ def _read(path: Path) -> PeerFile:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if path.suffix in (".py", ".ipynb"):
-        script = read_script(path, text)
-        if not script.trains:
-            raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
-        return PeerFile("Unsloth" if script.is_of_unsloth else "TRL", script.settings, script.unread, script.defaults)
+        return read_script(path, text)
     is_yaml = path.suffix in (".yaml", ".yml", ".json")
     if path.suffix == ".sh" or (re.search(r"(^|\s)--\w+", text) and not is_yaml):
         return _command(path, text)

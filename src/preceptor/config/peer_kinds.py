@@ -12,34 +12,24 @@ _SCORES = "trains a model that scores or classifies"
 _TEACHER = "trains on what a teacher model predicts"
 _NOTHING = "trains nothing"
 
-_SIGNS: Mapping[Peer, tuple[tuple[str, str, str], ...]] = {
-    "Axolotl": (
-        ("rl", "", _PREFERENCES),
-        ("reward_model process_reward_model num_labels", "", _SCORES),
-        ("plugins", r"\.kd\.", _TEACHER),
-        ("diffusion", "", "trains a diffusion model"),
-    ),
-    "LLaMA-Factory": (
-        ("stage", "dpo|kto|ppo|rm", _PREFERENCES),
-        ("export_dir infer_backend do_predict", "", _NOTHING),
-    ),
-    "TRL": (
-        (
-            "beta max_prompt_length max_completion_length num_generations reward_funcs reward_model_path",
-            "",
-            _PREFERENCES,
-        ),
-        ("loss_type", "sigmoid|hinge|ipo|apo|kto|orpo|simpo|grpo", _PREFERENCES),
-    ),
-    "Unsloth": (("num_labels", "", _SCORES), ("whisper_task", "", "trains a model that hears")),
-    "torchtune": (
-        ("loss", "rlhf|grpo", _PREFERENCES),
-        ("reward_functions", "", _PREFERENCES),
-        ("teacher_model", "", _TEACHER),
-        ("tasks prompt", "", _NOTHING),
-    ),
-}
-"""Keys, a pattern of their value, and what a file with such a key does."""
+_SIGNS: tuple[tuple[Peer, str, str, str], ...] = (
+    ("Axolotl", "rl", "", _PREFERENCES),
+    ("Axolotl", "reward_model process_reward_model num_labels", "", _SCORES),
+    ("Axolotl", "plugins", r"\.kd\.", _TEACHER),
+    ("Axolotl", "diffusion", "", "trains a diffusion model"),
+    ("LLaMA-Factory", "stage", "dpo|kto|ppo|rm", _PREFERENCES),
+    ("LLaMA-Factory", "export_dir infer_backend do_predict", "", _NOTHING),
+    ("TRL", "beta max_prompt_length max_completion_length num_generations", "", _PREFERENCES),
+    ("TRL", "reward_funcs reward_model_path", "", _PREFERENCES),
+    ("TRL", "loss_type", "sigmoid|hinge|ipo|apo|kto|orpo|simpo|grpo", _PREFERENCES),
+    ("Unsloth", "num_labels", "", _SCORES),
+    ("Unsloth", "whisper_task", "", "trains a model that hears"),
+    ("torchtune", "loss", "rlhf|grpo", _PREFERENCES),
+    ("torchtune", "reward_functions", "", _PREFERENCES),
+    ("torchtune", "teacher_model", "", _TEACHER),
+    ("torchtune", "tasks prompt", "", _NOTHING),
+)
+"""Trainer, keys, a pattern of their value, and what a file with such a key does."""
 
 _TASKS = re.compile(
     "(^|_)(a2po|bco|cpo|distillation|dpo|gkd|grpo|gspo|kto|minillm|mpo|nash_md|orpo|ppo|prm|reward|rloo|sdpo|tpo|xpo)"
@@ -58,8 +48,8 @@ def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
     loaded = settings.get("from_pretrained")
     settings = {**settings, **(loaded if isinstance(loaded, Mapping) else {})}
     trains = settings.get("do_train") not in OFF
-    for keys, pattern, what in _SIGNS[peer]:
-        if what == _NOTHING and trains:
+    for trainer, keys, pattern, what in _SIGNS:
+        if trainer != peer or (what == _NOTHING and trains):
             continue
         for key in keys.split():
             if (value := settings.get(key)) not in OFF and re.search(pattern, str(value)):

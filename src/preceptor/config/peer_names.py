@@ -44,8 +44,7 @@ RENAMED: dict[str, str] = {
 """Keys of earlier versions."""
 
 COUNTERPARTS: dict[str, str] = {
-    **{key: ours for key, (ours, _) in DIRECT.items() if key != ours.rpartition(".")[2]},
-    **{key: f"adapter.{ours}" for key, (ours, _) in OF_ADAPTERS.items()},
+    **{key: ours for key, (ours, _) in {**DIRECT, **OF_ADAPTERS}.items() if key != ours.rpartition(".")[2]},
     **table("""
 model_id model_name: model.path
 torch_dtype: model.dtype: of the weights; of matrix products: train.precision

@@ -8,13 +8,13 @@ out, or changed in another way since, is named in `unread`. Tokens and keys of s
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from preceptor.config.peer_defaults import ARGUMENTS
 from preceptor.config.peer_kinds import refusal
 from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
 from preceptor.config.python_source import SECRET, UNREADABLE, Script, parsed_script, shown, without_secrets
 from preceptor.errors import ConfigError
@@ -28,48 +28,21 @@ _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
 _AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
 _AROUND_DATA = ("standardize_sharegpt", "standardize_data_formats")  # the format is recognised here
-_CHANGES = (
-    "map",
-    "filter",
-    "select",
-    "shuffle",
-    "rename_column",
-    "rename_columns",
-    "remove_columns",
-    "train_test_split",
-)
+_CHANGES = "map filter select shuffle rename_column rename_columns remove_columns train_test_split".split()  # noqa: SIM905
 _RENDERS = "the chat template renders the conversations, which is done here as well: nothing to set"
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
     "get_peft_model": ("model", "r", "target_modules", "lora_alpha", "lora_dropout", "bias"),
     "get_chat_template": ("tokenizer", "chat_template"),
+    **dict.fromkeys((*_ARGUMENTS, "ScriptArguments"), ("output_dir",)),
     **dict.fromkeys(_TRAINERS, ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class")),
 }
 """Arguments by their place."""
 
 
-@dataclass
-class ScriptSettings:
-    """settings: the keys and values of all calls; of Unsloth's the parts `from_pretrained` and `get_peft_model`.
-
-    unread: what it says in a way that cannot be read, as sentences. split_off: the call by which a share of the
-    training data is held out. trains: whether there is a call that trains. defaults: what those of TRL give way to.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-    split_off: ast.Call | None = None
-    trains: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_of_unsloth(self) -> bool:
-        return "from_pretrained" in self.settings
-
-
-def read_script(path: Path, text: str) -> ScriptSettings:
-    """Raises ConfigError for what is not Python, or holds nothing that can be read."""
-    found = ScriptSettings()
+def read_script(path: Path, text: str) -> PeerFile:
+    """Raises ConfigError for what is not Python, trains nothing, or holds nothing that can be read."""
+    found = PeerFile("TRL", {})
     script = Script(parsed_script(path, text, found.unread), _DERIVED)
     configs = [script.name_of(call) for call in script.calls(*_ARGUMENTS)]
     trainers = {name for call in script.calls() if (name := script.name_of(call)).endswith("Trainer")}
@@ -80,7 +53,6 @@ def read_script(path: Path, text: str) -> ScriptSettings:
             f"{path}: takes its settings from a command line: convert that command (in a file such as train.sh), or "
             "the YAML that it is given"
         )
-    found.trains = bool(configs or trainers)
     found.defaults = ARGUMENTS if {*configs} == {"TrainingArguments"} else {}
     _name_classes(script, trainers, found)
     if len(configs) > 1:
@@ -92,12 +64,14 @@ def read_script(path: Path, text: str) -> ScriptSettings:
         _call(script, call, found)
     for keyword in script.set_later(*_CONFIGS):
         _keyword(script, keyword, found)
-    if not found.settings:
+    if not found.settings or not (configs or trainers):
         raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
+    if "from_pretrained" in found.settings:
+        found.peer = "Unsloth"
     return found
 
 
-def _name_classes(script: Script, trainers: set[str], found: ScriptSettings) -> None:
+def _name_classes(script: Script, trainers: set[str], found: PeerFile) -> None:
     """Those of which more, or less, is trained than is read here."""
     for name in sorted(trainers - {*_TRAINERS}):
         found.unread.append(f"{name}: a part that is no supervised fine-tuning, left out")
@@ -108,16 +82,14 @@ def _name_classes(script: Script, trainers: set[str], found: ScriptSettings) -> 
             found.unread.append(f"{owner}: {OF_IMAGES}")
 
 
-def _call(script: "Script", call: ast.Call, found: ScriptSettings) -> None:
+def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
     name = script.name_of(call)
     if name in _TRAINERS:
         _trainer(script, call, found)
     elif name in _CONFIGS:
         if name == "LoraConfig":
             found.settings |= {"use_peft": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own defaults
-        elif call.args and name != "ModelConfig":
-            _keyword(script, ast.keyword("output_dir", call.args[0]), found)
-        for keyword in call.keywords:
+        for keyword in _named(name, call):
             if keyword.arg != "task_type":
                 _keyword(script, keyword, found)
     elif name == "get_chat_template":
@@ -125,52 +97,48 @@ def _call(script: "Script", call: ast.Call, found: ScriptSettings) -> None:
             if keyword.arg == "chat_template":
                 _keyword(script, keyword, found)
     elif name == "train_on_responses_only":
-        _part(script, name, [(each.arg, each.value) for each in call.keywords], found)
+        _part(script, name, call.keywords, found)
     elif script.owner_of(call) in _UNSLOTH and name not in found.settings:  # a later call loads what was trained
-        _part(script, name, [(each.arg, each.value) for each in _named(name, call) if each.arg != "model"], found)
+        _part(script, name, [each for each in _named(name, call) if each.arg != "model"], found)
 
 
 def _named(name: str, call: ast.Call) -> list[ast.keyword]:
     """Its arguments, those by place with their names."""
-    by_place = zip(_NAMES[name], call.args, strict=False)
+    by_place = zip(_NAMES.get(name, ()), call.args, strict=False)
     return [*(ast.keyword(key, value) for key, value in by_place), *call.keywords]
 
 
-def _part(script: "Script", name: str, given: Sequence[tuple[str | None, ast.expr]], found: ScriptSettings) -> None:
+def _part(script: Script, name: str, arguments: Sequence[ast.keyword], found: PeerFile) -> None:
     """The arguments of a call as one setting, under its name."""
-    part = ScriptSettings()
-    for key, value in given:
-        _keyword(script, ast.keyword(key, value), part)
+    part = PeerFile(found.peer, {}, found.unread)
+    for keyword in arguments:
+        _keyword(script, keyword, part)
     found.settings[name] = part.settings
-    found.unread += part.unread
 
 
-def _keyword(script: Script, keyword: ast.keyword, found: ScriptSettings) -> None:
+def _keyword(script: Script, keyword: ast.keyword, found: PeerFile) -> None:
     if SECRET.search(keyword.arg or ""):
         found.unread.append(f"{keyword.arg}: not copied; HF_TOKEN or `hf auth login` has it: nothing to set")
         return
     try:
         value = without_secrets(script.constant(keyword.value))
-        if keyword.arg is not None:
-            found.settings[keyword.arg] = value
-        elif isinstance(value, dict):
-            found.settings |= value
-        else:
-            raise ValueError
+        found.settings |= value if keyword.arg is None else {keyword.arg: value}
     except UNREADABLE:
-        name, why = f"{keyword.arg}: ", "no value that is written out"
-        if keyword.arg is None:
-            name, why = "**", "not written out"
-        found.unread.append(f"{name}{shown(keyword.value)} (line {keyword.value.lineno}): {why}")
+        text = f"{shown(keyword.value)} (line {keyword.value.lineno})"
+        several = keyword.arg is None
+        found.unread.append(
+            f"**{text}: not written out" if several else f"{keyword.arg}: {text}: no value that is written out"
+        )
 
 
 # The trainer ---------------------------------------------------------------------------------------------------------
 
 
-def _trainer(script: Script, call: ast.Call, found: ScriptSettings) -> None:
+def _trainer(script: Script, call: ast.Call, found: PeerFile) -> None:
     """The model and the data sets of an SFTTrainer, or why they cannot be read."""
-    given = dict(zip(_NAMES[script.name_of(call)], call.args, strict=False))
-    for keyword in call.keywords:
+    given: dict[str, ast.expr] = {}
+    split_off: ast.Call | None = None
+    for keyword in _named(script.name_of(call), call):
         if keyword.arg is not None:
             given[keyword.arg] = keyword.value
         elif (inner := _arguments(script.resolved(keyword.value))) is not None:
@@ -179,18 +147,17 @@ def _trainer(script: Script, call: ast.Call, found: ScriptSettings) -> None:
             found.unread.append(f"**{shown(keyword.value)} (line {keyword.value.lineno}): not written out")
     for name, value in given.items():
         value = script.resolved(value)
-        if isinstance(value, ast.Constant) and not value.value:
-            continue
-        if name in ("args", "peft_config", "processing_class", "tokenizer"):
+        is_off = isinstance(value, ast.Constant) and not value.value
+        if is_off or name in ("args", "peft_config", "processing_class", "tokenizer"):
             continue
         if name == "model":
             _model(script, value, found)
         elif name in ("train_dataset", "eval_dataset"):
-            _dataset(script, name, value, found)
-        elif name in COUNTERPARTS or name in NO_COUNTERPART:  # earlier versions of TRL had settings here
+            split_off = _dataset(script, name, value, split_off, found)
+        elif name in {*COUNTERPARTS, *NO_COUNTERPART, "quantization_config"}:  # earlier versions had settings here
             _keyword(script, ast.keyword(name, value), found)
         else:
-            _argument(script, str(name), value, found)
+            _argument(script, name, value, found)
 
 
 def _arguments(node: ast.expr) -> dict[str, ast.expr] | None:
@@ -202,10 +169,7 @@ def _arguments(node: ast.expr) -> dict[str, ast.expr] | None:
     return None
 
 
-def _argument(script: Script, name: str, value: ast.expr, found: ScriptSettings) -> None:
-    if name == "quantization_config":
-        _keyword(script, ast.keyword(name, value), found)
-        return
+def _argument(script: Script, name: str, value: ast.expr, found: PeerFile) -> None:
     why = OF_TRAINER.get(name, "an argument of SFTTrainer")
     if isinstance(value, ast.Call) and script.name_of(value) == "DataCollatorForCompletionOnlyLM":
         found.settings["assistant_only_loss"] = True
@@ -216,7 +180,7 @@ def _argument(script: Script, name: str, value: ast.expr, found: ScriptSettings)
     found.unread.append(f"{name}: {shown(value)} (line {value.lineno}): {why}")
 
 
-def _model(script: Script, value: ast.expr, found: ScriptSettings) -> None:
+def _model(script: Script, value: ast.expr, found: PeerFile) -> None:
     while isinstance(value, ast.Call) and script.name_of(value) in _AROUND_MODELS and value.args:
         if script.name_of(value) == "setup_chat_format":
             found.settings.setdefault("chat_template", "chatml")
@@ -230,7 +194,7 @@ def _model(script: Script, value: ast.expr, found: ScriptSettings) -> None:
             for keyword in named.values():
                 _keyword(script, keyword, found)
             value = value.args[0] if place is None else place.value
-    elif found.is_of_unsloth:
+    elif "from_pretrained" in found.settings:
         return
     try:
         found.settings["model_name_or_path"] = script.constant(value)
@@ -241,9 +205,14 @@ def _model(script: Script, value: ast.expr, found: ScriptSettings) -> None:
 # The data ------------------------------------------------------------------------------------------------------------
 
 
-def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) -> None:
-    """`load_dataset(...)`, also where methods are called on it or a split is taken: those are named."""
-    split, place = None, value.lineno
+def _dataset(
+    script: Script, name: str, value: ast.expr, split_off: ast.Call | None, found: PeerFile
+) -> ast.Call | None:
+    """`load_dataset(...)`, also where methods are called on it or a split is taken: those are named.
+
+    split_off, and the result: the call by which a share of the training data is held out.
+    """
+    split, place, is_held_out = None, value.lineno, name == "eval_dataset"
     try:
         while True:
             value = script.resolved(value)
@@ -253,19 +222,17 @@ def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) 
                 value = value.args[0]
             elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _CHANGES:
                 splits = value.func.attr == "train_test_split"
-                share = _share(script, value) if splits and split == "train" else None
-                if splits and name == "eval_dataset" and value is found.split_off and split == "test":
-                    return  # what is held out of the training data
-                if share is not None and name == "train_dataset":
-                    found.settings["val_size"], found.split_off = share, value
+                if splits and is_held_out and value is split_off and split == "test":
+                    return split_off  # what is held out of the training data
+                share = _share(script, value) if splits and split == "train" and not is_held_out else None
+                if share is not None:
+                    found.settings["val_size"], split_off = share, value
                 else:
                     of = f"{name}: .{value.func.attr}(...) (line {value.lineno})"
                     found.unread.append(f"{of}: {_changed(script, value)}")
-                if splits:
-                    if name == "eval_dataset":
-                        return  # a part of data that is read whole
-                    split = None
-                value = value.func.value
+                if splits and is_held_out:
+                    return split_off  # a part of data that is read whole
+                split, value = None if splits else split, value.func.value
             else:
                 break
         if isinstance(value, ast.Call) and script.name_of(value) == "load_dataset":
@@ -273,10 +240,11 @@ def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) 
             keywords = [each for each in value.keywords if each.arg and not SECRET.search(each.arg)]
             named = {str(each.arg): script.constant(each.value) for each in keywords}
             found.settings[name] = _loaded(arguments, {**named, **({"split": split} if split else {})})
-            return
+            return split_off
     except UNREADABLE:
         pass
     found.unread.append(f"{name}: {shown(value)} (line {place}): not a data set that can be named here")
+    return split_off
 
 
 def _share(script: Script, call: ast.Call) -> float | None:

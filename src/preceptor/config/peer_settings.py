@@ -1,11 +1,12 @@
-"""The settings of one file of another trainer: read with its defaults, and what was not carried over."""
+"""One file of another trainer: its settings, with their defaults, and the run file that comes of them."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from preceptor.config.peer_defaults import DEFAULTS, NAMES, OFF
-from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_defaults import DEFAULTS, NAMES, OFF, Direct, Peer
+from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
 T = TypeVar("T")
@@ -26,10 +27,25 @@ def _finite(value: Any) -> float:
     raise ValueError
 
 
-class PeerSettings:
-    """settings: without keys that have no value. used: the keys that became part of the run, or of a note.
+@dataclass
+class PeerFile:
+    """settings: their keys and values. unread: what the file says in a way that cannot be read, as sentences.
 
-    notes: key of the file -> what became of it. unoffered: those of them without which something else is trained.
+    defaults: values that come before the trainer's own where the file has no key.
+    """
+
+    peer: Peer
+    settings: dict[str, Any]
+    unread: list[str] = field(default_factory=list)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Conversion:
+    """A file of another trainer that becomes a run file.
+
+    settings: without keys that have no value. used: the keys that became part of the run, or of a note. tree: the run
+    file, which lacks the keys of `missing`. notes: key of the file -> what became of it. unoffered: those of them
+    without which something else is trained, with what is offered.
     """
 
     def __init__(self, file: PeerFile) -> None:
@@ -47,6 +63,8 @@ class PeerSettings:
         defaults = {**DEFAULTS[file.peer], **file.defaults}
         self.defaults = {key: value for key, value in defaults.items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()
+        self.tree: dict[str, Any] = {}
+        self.missing: list[str] = []
         self.notes: list[tuple[str, str]] = []
         self.unoffered: list[tuple[str, str]] = []
 
@@ -69,6 +87,19 @@ class PeerSettings:
         self.used.add(key)
         return True
 
+    def set(self, ours: str, value: Any) -> None:
+        """Give a key of the run file its value, unless that is None or the key has one."""
+        section, _, name = ours.partition(".")
+        if value is not None:
+            inside = self.tree.setdefault(section, {}) if name else self.tree
+            inside.setdefault(name or section, value)
+
+    def carry(self, rows: Direct) -> None:
+        """Set keys of the run file whose values need no more than a type."""
+        for key, (ours, cast) in rows.items():
+            if (value := self.value(key)) is not None:
+                self.set(ours, self.cast(key, value, cast))
+
     def cast(self, key: str, value: Any, cast: Callable[[Any], T]) -> T | None:
         """None, with a note, for a value that the cast does not take."""
         try:
@@ -88,3 +119,11 @@ class PeerSettings:
         """A note on a value without which something else is trained. instead: what then is."""
         self.note(key, why + instead)
         self.unoffered.append((key, why))
+
+    def text(self, source: str) -> str:
+        """The run file, with the notes as comments."""
+        lines = [f"# Made by `preceptor convert` from {source} ({self.peer})."]
+        lines += [f"# To be filled in: {key}" for key in self.missing]
+        if self.notes:
+            lines += ["# Not carried over, or not as it was:", *(f"#   {key}: {why}" for key, why in self.notes)]
+        return "\n".join(lines) + "\n" + dump_yaml(self.tree)

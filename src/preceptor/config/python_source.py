@@ -48,9 +48,8 @@ class Script:
 
     def __init__(self, module: ast.Module, bases: Sequence[str] = ()) -> None:
         self._module = module
-        classes = [node for node in ast.walk(module) if isinstance(node, ast.ClassDef)]
-        found = [(node.name, _last_name(base)) for node in classes for base in node.bases]
-        self.derived = {own: base for own, base in found if base in bases}
+        classes = (node for node in ast.walk(module) if isinstance(node, ast.ClassDef))
+        self.derived = {own.name: base for own in classes for node in own.bases if (base := _last_name(node)) in bases}
         self._assigned: dict[str, list[_Assigned]] = {}
         self._functions: dict[str, ast.FunctionDef] = {}
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
@@ -259,11 +258,9 @@ def shown(node: ast.AST) -> str:
             if SECRET.search(keyword.arg or ""):
                 keyword.value = ast.Constant(...)
         if isinstance(each, ast.Dict):
-            keys = [getattr(key, "value", None) for key in each.keys]
-            each.values = [
-                ast.Constant(...) if isinstance(key, str) and SECRET.search(key) else value
-                for key, value in zip(keys, each.values, strict=True)
-            ]
+            for place, key in enumerate(each.keys):
+                if isinstance(key, ast.Constant) and SECRET.search(str(key.value)):
+                    each.values[place] = ast.Constant(...)
     try:
         return ast.unparse(node)
     except RecursionError:

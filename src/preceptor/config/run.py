@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
-from preceptor.config.code import beside_code
 from preceptor.config.durations import Duration
 from preceptor.config.peer_names import INSTEAD_OF_SECTIONS, advice
 from preceptor.config.sections import (
@@ -130,11 +129,10 @@ class Run(Section):
     def _resolved_model(self) -> Model:
         """Raises ConfigError where quantized weights cannot be trained on, or a key says nothing."""
         model, kind = self.model, self.model.quantization
-        if kind is None or kind == "int8":
-            if model.double_quantization is not None:
-                raise ConfigError("model.double_quantization: of `quantization: nf4` alone; remove it")
-            if kind is None:
-                return model
+        if kind != "nf4" and model.double_quantization is not None:
+            raise ConfigError("model.double_quantization: of `quantization: nf4` alone; remove it")
+        if kind is None:
+            return model
         if self.adapter is None:
             raise ConfigError("model.quantization: quantized weights cannot be trained; add the section `adapter`")
         if self.parallel.strategy in ("shard", "hybrid"):
@@ -142,8 +140,8 @@ class Run(Section):
                 f"parallel.strategy: quantized weights cannot be sharded ({self.parallel.strategy}). Use `replicate`, "
                 "or leave out model.quantization"
             )
-        double = kind == "nf4" and model.double_quantization is not False
-        return model.model_copy(update={"double_quantization": double}) if kind == "nf4" else model
+        double = model.double_quantization is not False if kind == "nf4" else None
+        return model.model_copy(update={"double_quantization": double})
 
     def _require_shardable(self) -> None:
         """Raises ConfigError where weights that are sharded do not go with the optimizer or the engine."""
@@ -304,28 +302,24 @@ def dump(run: Run) -> str:
 def beside(run: Run, folder: Path) -> Run:
     """Paths that exist only beside the run file, made absolute; all others as they are."""
 
-    def find(path: str) -> str:
-        near = folder / path
-        return str(near.resolve()) if not Path(path).exists() and near.exists() else path
+    def find(path: str | None) -> str | None:
+        file, colon, function = path.rpartition(":") if path and ".py:" in path else (path, "", "")
+        if not file or Path(file).exists() or not (folder / file).exists():
+            return path
+        return f"{(folder / file).resolve()}{colon}{function}"
 
     def sources(of: Sequence[Source]) -> list[Source]:
-        return [s.model_copy(update={"path": find(s.path), "code": beside_code(s.code, folder)}) for s in of]
+        return [source.model_copy(update={"path": find(source.path), "code": find(source.code)}) for source in of]
 
-    data = run.data.model_copy(
-        update={
-            "train": sources(run.data.train),
-            "eval": sources(run.data.eval),
-            "chat_template": run.data.chat_template and find(run.data.chat_template),
-        }
-    )
-    own = beside_code(run.eval.code, folder)
-    tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks], "code": own})
-    loss = run.loss.model_copy(update={"code": beside_code(run.loss.code, folder)})
-    best = run.checkpoint.best
-    checkpoint = run.checkpoint.model_copy(update={"best": find(best) if best in run.eval.tasks else best})
-    replay = run.replay and run.replay.model_copy(update={"data": sources(run.replay.data)})
-    parts = {"data": data, "eval": tasks, "loss": loss, "replay": replay, "checkpoint": checkpoint}
-    return run.model_copy(update=parts)
+    data, best = run.data, run.checkpoint.best
+    found: dict[str, dict[str, Any]] = {
+        "data": {"train": sources(data.train), "eval": sources(data.eval), "chat_template": find(data.chat_template)},
+        "eval": {"tasks": [find(path) for path in run.eval.tasks], "code": find(run.eval.code)},
+        "loss": {"code": find(run.loss.code)},
+        "checkpoint": {"best": find(best) if best in run.eval.tasks else best},
+        **({} if run.replay is None else {"replay": {"data": sources(run.replay.data)}}),
+    }
+    return run.model_copy(update={name: getattr(run, name).model_copy(update=own) for name, own in found.items()})
 
 
 class _WithDurations(GenerateJsonSchema):
@@ -360,20 +354,13 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"{place}: required, but absent"
     if detail["type"] == "extra_forbidden":
         *section, name = (part for part in detail["loc"] if isinstance(part, str))
-        return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, _known_keys(section))}"
+        known = (key.replace("[]", "").rpartition(".") for key in all_keys())
+        here = [own for parent, _, own in known if parent == ".".join(section)]
+        return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, here)}"
     if detail["type"] in ("model_type", "list_type") and named in INSTEAD_OF_SECTIONS:
         return f"{place}: {INSTEAD_OF_SECTIONS[named]}; found {short(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{place}: {message[:1].lower()}{message[1:]}; found {short(detail['input'])}"
-
-
-def _known_keys(place: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = Run
-    for part in place:
-        inner = _section_type(section.model_fields[part].annotation)
-        assert inner is not None, place
-        section = inner
-    return list(section.model_fields)
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

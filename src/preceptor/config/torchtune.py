@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES, table
 from preceptor.errors import short
 

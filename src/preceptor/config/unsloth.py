@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_settings import PeerFile
 from preceptor.errors import short
 
 _TABLES = ("embed_tokens", "lm_head")  # named among the layers there, and trained whole
 _QUANTIZED_NAMES = ("-unsloth-bnb-4bit", "-bnb-4bit")
-_CHOICES = ("finetune_vision_layers", "finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
+_CHOICES = ("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules")
 _LOADED_AS = {"load_in_4bit": True, "load_in_8bit": False}
 
 
@@ -62,13 +62,12 @@ def _length(of_model: int, found: PeerFile) -> None:
 def _adapter(adapted: Mapping[str, Any], found: PeerFile) -> None:
     given = {**adapted}
     layers = given.pop("target_modules", None)
-    narrowed = {key: value for key in _CHOICES if (value := given.pop(key, True)) is False}
-    narrowed.pop("finetune_vision_layers", None)  # other towers are not trained here either
-    for key in narrowed:
-        found.unread.append(f"{key}: False: name the layers to adapt in adapter.target_modules")
+    given.pop("finetune_vision_layers", None)  # other towers are not trained here either
+    for key in _CHOICES:
+        if given.pop(key, True) is False:
+            found.unread.append(f"{key}: False: name the layers to adapt in adapter.target_modules")
     if isinstance(layers, list):
-        whole = [name for name in layers if name in _TABLES]
-        if whole:
+        if whole := [name for name in layers if name in _TABLES]:
             given["modules_to_save"] = [*(given.get("modules_to_save") or []), *whole]
         layers = [name for name in layers if name not in _TABLES]
     found.settings["gradient_checkpointing"] = bool(given.pop("use_gradient_checkpointing", True))

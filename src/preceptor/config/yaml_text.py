@@ -109,24 +109,20 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override {short(text)}: the value is not valid YAML: {error}") from None
     node: Any = tree
     for part in parents:
-        node = _step_into(node, part, text)
-    if isinstance(node, list):
-        node[_index(node, last, text)] = parsed
-    else:
-        node[last] = parsed
+        own = _key_in(node, part, text)
+        inner = node[own] if isinstance(node, list) else node.get(own)
+        if inner is None:
+            inner = node[own] = {}
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"override {short(text)}: {part} is {short(inner)} in the run file, which has no keys")
+        node = inner
+    node[_key_in(node, last, text)] = parsed
 
 
-def _step_into(node: Any, part: str, text: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, text)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise ConfigError(f"override {short(text)}: {part} is {short(node[part])} in the run file, which has no keys")
-    return node[part]
-
-
-def _index(node: list[Any], part: str, text: str) -> int:
+def _key_in(node: Any, part: str, text: str) -> Any:
+    """A part of a dotted key, of a list as an index."""
+    if not isinstance(node, list):
+        return part
     if not (part.isascii() and part.isdecimal() and len(part) < 10 and int(part) < len(node)):
         raise ConfigError(f"override {short(text)}: {part!r} is not an index of a list of {len(node)}")
     return int(part)

@@ -32,7 +32,8 @@ def followed(
         yield
         return
     since = ["--since", str(changed_at(folder))] if begins else []
-    words = [sys.executable, "-m", "preceptor", "track", str(folder), *_options(trackers), "--follow", *since]
+    to = [word for name in trackers for word in ("--to", name)]
+    words = [sys.executable, "-m", "preceptor", "track", str(folder), *to, "--follow", *since]
     # a session of its own: Ctrl-C stops the training, and then this one sends the rest
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     assert process.stdin is not None
@@ -44,10 +45,6 @@ def followed(
             process.wait(_LONGEST_WAIT)
         except subprocess.TimeoutExpired:
             say(f"the trackers are still being sent to; if that ends early: preceptor track {folder}")
-
-
-def _options(trackers: Sequence[str]) -> list[str]:
-    return [word for name in trackers for word in ("--to", name)]
 
 
 def changed_at(folder: Path) -> int:

@@ -18,8 +18,7 @@ _LONGEST_VALUE = 500  # characters of a parameter
 class MlflowSink:
     def __init__(self, run: TrackedRun) -> None:
         self._client = MlflowClient()
-        self.tracker_id: str | None = run.tracker_id
-        if self.tracker_id is None:
+        if run.tracker_id is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
             experiment = self._client.get_experiment_by_name(name)
             place = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
@@ -33,18 +32,17 @@ class MlflowSink:
                 sent.add(name)
                 self._client.log_param(self.tracker_id, name, str(value)[:_LONGEST_VALUE])
         else:
+            self.tracker_id = run.tracker_id
             self._client.update_run(self.tracker_id, status="RUNNING")
         history = self._client.get_metric_history(self.tracker_id, "train/loss")
         self.last_step: int | None = max((metric.step for metric in history), default=None)
         self.where = f"run {self.tracker_id} in {mlflow.get_tracking_uri()}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        assert self.tracker_id is not None
         for name, value in values.items():
             self._client.log_metric(self.tracker_id, _allowed(name), value, step=step)
 
     def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        assert self.tracker_id is not None
         columns, rows = table_of(lines)
         text = "\n\n".join(
             "\n".join(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True)) for row in rows
@@ -52,12 +50,10 @@ class MlflowSink:
         self._client.log_text(self.tracker_id, text, f"samples/step-{step:08d}.txt")
 
     def attach(self, files: Sequence[Path]) -> None:
-        assert self.tracker_id is not None
         for file in files:
             self._client.log_artifact(self.tracker_id, str(file))
 
     def close(self, finished: bool) -> None:
-        assert self.tracker_id is not None
         self._client.set_terminated(self.tracker_id, "FINISHED" if finished else "KILLED")
 
 

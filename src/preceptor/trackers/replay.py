@@ -20,17 +20,8 @@ from preceptor.trackers.sink import Sink, TrackedRun, open_sink
 
 FOLDER = "trackers"
 ATTACHED = ("report.html", "summary.json", "config.yaml", "samples.jsonl", "rejections.jsonl")
-_STEP_VALUES = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "router_aux_loss",
-    "num_tokens",
-    "num_trained",
-    "epoch",
-    "peak_memory_bytes",
-    "compile_seconds",
-)
+_STEP_VALUES = """loss learning_rate grad_norm router_aux_loss num_tokens num_trained epoch peak_memory_bytes
+    compile_seconds""".split()  # noqa: SIM905
 
 
 class GrowingLines:
@@ -72,9 +63,9 @@ class RunReplay:
     """One tracker of one run folder. Nothing is opened before there is something to send."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+        self._folder, self._name, self._memory = folder, name, folder / FOLDER / "state.json"
         self._files = {each: GrowingLines(folder / f"{each}.jsonl") for each in ("metrics", "eval", "samples")}
-        self._waiting: dict[str, dict[int, list[dict[str, Any]]]] = {each: {} for each in self._files}
+        self._waiting: dict[str, dict[int, list[dict[str, Any]]]] = {each: {} for each in self._files}  # by step
         self._sink: Sink | None = None
         self._state: dict[str, Any] = {}
         self.num_steps, self.num_evaluations = 0, 0
@@ -89,28 +80,27 @@ class RunReplay:
             for line in file.read():
                 self._waiting[each].setdefault(line["step"], []).append(line)
         if not self._state:
-            self._state = self._remembered()
-        steps = sorted({*self._new("metrics"), *self._new("eval")})
-        if not steps:
+            begun = {"metrics": -1, "eval": -1, "attached": False, "tracker_id": None}
+            self._state = begun | self._sent().get(self._name, {})
+        self._forget_sent()
+        if not self._waiting["metrics"] and not self._waiting["eval"]:
             return
         sink = self._opened()
+        self._forget_sent()  # by now it is known what the tracker has
+        metrics, evaluations = self._waiting["metrics"], self._waiting["eval"]
         try:
-            for step in steps:
-                for line in self._new("metrics").get(step, [])[-1:]:
-                    sink.log(step, step_values(line))
+            for step in sorted({*metrics, *evaluations}):
+                if step in metrics:
+                    sink.log(step, step_values(metrics[step][-1]))
                     self.num_steps += 1
-                for line in self._new("eval").get(step, [])[-1:]:
-                    sink.log(step, numbers(line, "eval/"))
+                if step in evaluations:
+                    sink.log(step, numbers(evaluations[step][-1], "eval/"))
                     if samples := self._waiting["samples"].get(step):
                         sink.samples(step, samples)
                     self.num_evaluations += 1
-                for each in ("metrics", "eval"):
-                    if step in self._new(each):
-                        self._state[each] = step
+                self._state |= {each: step for each in ("metrics", "eval") if step in self._waiting[each]}
         finally:
             self._remember()
-        for each in ("metrics", "eval"):  # what is sent is not needed any more
-            self._waiting[each] = self._new(each)
 
     def end(self) -> None:
         """Send the rest, and the files of a finished run. Raises as `send`."""
@@ -124,8 +114,10 @@ class RunReplay:
             self._sink.close(finished)
             self._remember()
 
-    def _new(self, each: str) -> dict[int, list[dict[str, Any]]]:
-        return {step: lines for step, lines in self._waiting[each].items() if step > self._state[each]}
+    def _forget_sent(self) -> None:
+        for each in ("metrics", "eval"):
+            new = {step: lines for step, lines in self._waiting[each].items() if step > self._state[each]}
+            self._waiting[each] = new
 
     def _opened(self) -> Sink:
         if self._sink is None:
@@ -154,17 +146,14 @@ class RunReplay:
             raise CheckpointError(f"{self._folder}: is not the folder of a run: environment.json names none")
         return found
 
-    def _remembered(self) -> dict[str, Any]:
-        begun = {"metrics": -1, "eval": -1, "attached": False, "tracker_id": None}
-        known = read_json(self._folder / FOLDER / "state.json")
-        return begun | dict(known.get("sent", {}).get(self._name, {}) if known.get("run") == self._record() else {})
+    def _sent(self) -> dict[str, dict[str, Any]]:
+        """What is remembered of this run, by tracker."""
+        known = read_json(self._memory)
+        return known.get("sent", {}) if known.get("run") == self._record() else {}
 
     def _remember(self) -> None:
-        file = self._folder / FOLDER / "state.json"
-        known = read_json(file)
-        sent = known.get("sent", {}) if known.get("run") == self._record() else {}
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, {"run": self._record(), "sent": {**sent, self._name: self._state}})
+        self._memory.parent.mkdir(exist_ok=True)
+        write_json(self._memory, {"run": self._record(), "sent": {**self._sent(), self._name: self._state}})
 
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:

@@ -10,7 +10,6 @@ import threading
 import time
 import webbrowser
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,24 +33,22 @@ MOST_PROMPTS = 20
 _LEVELS = {"training": "good", "finished": "good", "stopped": "error", "unknown": "warning"}
 
 
-@dataclass(frozen=True)
-class PagePart:
-    html: str
-    hash: str
+PageParts = Mapping[str, Mapping[str, str]]  # `html` and `hash` of each
 
 
-def parts_of(looks: Sequence[RunLook]) -> dict[str, PagePart]:
+def parts_of(looks: Sequence[RunLook]) -> PageParts:
     """`runs`, `course` and `answers` of the page."""
-    names = distinct_names([look.record for look in looks])
+    runs = [look.record for look in looks]
+    names = distinct_names(runs)
+    plots = draw_all(curves.panels(runs, names if len(runs) > 1 else [""]), "c")
     return {
-        "runs": _part("watch_runs.html", runs=[_card(number, look, name) for number, (look, name) in
-                      enumerate(zip(looks, names, strict=True))]),
-        "course": _part("watch_course.html", plots=_plots(looks, names)),
-        "answers": _part("watch_answers.html", names=names, **_answers(looks)),
-    }  # fmt: skip
+        "runs": _part("runs", runs=[_card(number, look, names[number]) for number, look in enumerate(looks)]),
+        "course": _part("course", plots=plots),
+        "answers": _part("answers", names=names, **_answers(looks)),
+    }
 
 
-def page_of(parts: Mapping[str, PagePart], title: str, says: str) -> str:
+def page_of(parts: PageParts, title: str, says: str) -> str:
     """The whole page. says: whether it is up to date."""
     own = {
         f"watch_{kind}": Markup((files("preceptor.watch") / f"watch.{kind}").read_text(encoding="utf-8"))
@@ -69,9 +66,9 @@ def title_of(looks: Sequence[RunLook]) -> str:
     return share + (names[0] if len(names) == 1 else f"{len(names)} runs")
 
 
-def _part(name: str, **values: Any) -> PagePart:
-    html = templates("preceptor.watch").get_template(name).render(**values)
-    return PagePart(html, sha256(html.encode()).hexdigest()[:16])
+def _part(name: str, **values: Any) -> Mapping[str, str]:
+    html = templates("preceptor.watch").get_template(f"watch_{name}.html").render(**values)
+    return {"html": html, "hash": sha256(html.encode()).hexdigest()[:16]}
 
 
 def _card(number: int, look: RunLook, name: str) -> dict[str, Any]:
@@ -88,12 +85,6 @@ def _card(number: int, look: RunLook, name: str) -> dict[str, Any]:
         "figures": figures(status),
         "findings": [each for each in status["findings"] if each["level"] in ("error", "warning")],
     }
-
-
-def _plots(looks: Sequence[RunLook], names: Sequence[str]) -> list[Any]:
-    runs = [look.record for look in looks]
-    found = curves.panels(runs, names if len(runs) > 1 else [""])
-    return draw_all(found, "c")
 
 
 def _answers(looks: Sequence[RunLook]) -> dict[str, Any]:
@@ -117,33 +108,30 @@ class WatchedRuns:
     def __init__(self, runs: Sequence[LiveRun]) -> None:
         self._runs = runs
         self._lock = threading.Lock()
-        self._parts: dict[str, PagePart] = {}
-        self._title, self._says = "", ""
+        self._page: tuple[PageParts, str, str] = ({}, "", "")
         self._next = 0.0  # when it may be drawn again
 
     def look(self) -> list[RunLook]:
         with self._lock:
             return [run.look() for run in self._runs]
 
-    def parts(self) -> tuple[dict[str, PagePart], str, str]:
+    def parts(self) -> tuple[PageParts, str, str]:
         """The parts of the page, its title, and what it says of being up to date."""
         with self._lock:
             started = time.monotonic()
             if started >= self._next:
                 looks = [run.look() for run in self._runs]
-                self._parts, self._title = parts_of(looks), title_of(looks)
                 ended = all(map(has_ended, looks))
-                self._says = "All of it: the runs are finished." if ended else "Updated as the runs go on."
+                says = "All of it: the runs are finished." if ended else "Updated as the runs go on."
+                self._page = parts_of(looks), title_of(looks), says
                 now = time.monotonic()
                 self._next = now + max(_LOOK_SECONDS, _SHARE * (now - started))
-            return self._parts, self._title, self._says
+            return self._page
 
     def report(self, number: str) -> Path | None:
         """The report of a run, by its place; None where there is none."""
-        if not (number.isascii() and number.isdecimal()) or int(number) >= len(self._runs):
-            return None
-        look = self._runs[int(number)].folder / "report.html"
-        return look if look.is_file() else None
+        places = {str(place): run.folder / "report.html" for place, run in enumerate(self._runs)}
+        return file if (file := places.get(number)) and file.is_file() else None
 
 
 class WatchServer(ThreadingHTTPServer):
@@ -185,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name == "state":
             parts, title, says = runs.parts()
             seen = "".join(query.get("seen", [])).split(",")
-            new = {name: vars(part) for name, part in parts.items() if part.hash not in seen}
+            new = {name: part for name, part in parts.items() if part["hash"] not in seen}
             self._send(HTTPStatus.OK, "application/json", json.dumps({"title": title, "says": says, "parts": new}))
         elif name.startswith("report/") and (file := runs.report(name.removeprefix("report/"))):
             self._send(HTTPStatus.OK, "text/html", file.read_bytes(), _OF_REPORTS)

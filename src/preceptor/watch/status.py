@@ -41,11 +41,7 @@ class LiveRun:
         self.folder = folder
         self._growing = {name: GrowingLines(folder / f"{name}.jsonl") for name in _GROWING}
         self._lines: dict[str, list[dict[str, Any]]] = {name: [] for name in LINES}
-        self._small = {
-            **{f"{name}.json": _Small(folder / f"{name}.json", read_json, {}) for name in OBJECTS},
-            "rejections.jsonl": _Small(folder / "rejections.jsonl", read_json_lines, []),
-            "config.yaml": _Small(folder / "config.yaml", lambda path: read_run_file(path.parent), ({}, "")),
-        }
+        self._whole: dict[str, tuple[tuple[int, ...], Any]] = {}  # files that are read whole: when changed, and value
 
     def look(self) -> RunLook:
         """What is there now. A file that cannot be read at this moment is as it was before."""
@@ -54,9 +50,9 @@ class LiveRun:
             if file.began_anew:
                 self._lines[name] = []
             self._lines[name] += new
-        self._lines["rejections"] = self._small["rejections.jsonl"].value()
-        config, text = self._small["config.yaml"].value()
-        objects = {name: self._small[f"{name}.json"].value() for name in OBJECTS}
+        self._lines["rejections"] = self._read("rejections.jsonl", read_json_lines, [])
+        config, text = self._read("config.yaml", lambda path: read_run_file(path.parent), ({}, ""))
+        objects = {name: self._read(f"{name}.json", read_json, {}) for name in OBJECTS}
         has_begun = bool(config) and (self.folder / "config.yaml").exists()
         lines = self._lines if has_begun else {name: [] for name in LINES}
         return RunLook(
@@ -66,26 +62,19 @@ class LiveRun:
             _seconds_since([self.folder / name for name in (*(f"{name}.jsonl" for name in _GROWING), LOCK)]),
         )
 
-
-class _Small:
-    """A file that is read whole, when it has changed."""
-
-    def __init__(self, path: Path, read: Callable[[Path], Any], absent: Any) -> None:
-        self._path, self._read, self._absent = path, read, absent
-        self._about: tuple[int, ...] | None = None
-        self._value = absent
-
-    def value(self) -> Any:
+    def _read(self, name: str, read: Callable[[Path], Any], absent: Any) -> Any:
+        """The value of a file, read again when it has changed."""
+        path = self.folder / name
         try:
-            about = self._path.stat()
+            about = path.stat()
         except OSError:
-            self._about, self._value = None, self._absent
-            return self._absent
+            self._whole.pop(name, None)
+            return absent
         now = (about.st_ino, about.st_mtime_ns, about.st_size)
-        if now != self._about:
+        if name not in self._whole or self._whole[name][0] != now:
             with suppress(CheckpointError, OSError):
-                self._value, self._about = self._read(self._path), now
-        return self._value
+                self._whole[name] = now, read(path)
+        return self._whole[name][1] if name in self._whole else absent
 
 
 def _seconds_since(files: Sequence[Path]) -> float | None:
@@ -154,8 +143,8 @@ def latest_samples(run: RunRecord) -> list[JsonObject]:
     return [line for line in run.samples if line["step"] == newest]
 
 
-def process_in_words(holder: LockHolder) -> str:
-    return f"process {holder.pid} on {holder.host}" if holder.pid else "a process that has just started"
+def process_in_words(holder: LockHolder | None) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder and holder.pid else "a process that has just started"
 
 
 # The state -----------------------------------------------------------------------------------------------------------
@@ -165,16 +154,13 @@ def _state(look: RunLook) -> WatchState:
     """waiting: no run yet. starting: its process reads data and model. unknown: no lock reaches to this machine."""
     alive = look.holder is not None and look.holder.is_alive
     if alive:  # with a report: a new run is to be made of what is there, or its process ends at this very moment
-        return "training" if look.has_begun and not _has_report(look.record) else "starting"
+        has_report = look.record.is_finished and (look.record.folder / REPORT).is_file()
+        return "training" if look.has_begun and not has_report else "starting"
     if look.record.is_finished:
         return "finished"
     if look.holder is not None and look.holder.is_alive is None:
         return "unknown"
     return "stopped" if look.has_begun else "waiting"
-
-
-def _has_report(run: RunRecord) -> bool:
-    return run.is_finished and (run.folder / REPORT).is_file()
 
 
 def _says(look: RunLook, state: WatchState) -> str:
@@ -184,17 +170,14 @@ def _says(look: RunLook, state: WatchState) -> str:
         case "waiting":
             return "no run here yet: waiting for `preceptor train` to begin one"
         case "starting":
-            assert holder is not None
             return f"starting: data and model are read by {process_in_words(holder)}"
         case "training":
-            assert holder is not None
             if run.is_finished:
                 return "finished; the report is written"
             resumed = run.environment.get("resumed") or ()
             since = f"; resumed after step {resumed[-1]['step']:,}" if resumed else ""
             return f"training, by {process_in_words(holder)}{since}"
         case "unknown":
-            assert holder is not None
             ago = "" if look.seconds_since_written is None else f", written {in_time(look.seconds_since_written)} ago"
             return f"by {process_in_words(holder)}, whose lock cannot be seen from here{ago}"
         case "stopped":

@@ -17,20 +17,23 @@ from preceptor.console import visible
 from preceptor.report.run_record import RunRecord
 from preceptor.watch.status import RunLook, after, figures, left_in_words, status_of, step_in_words
 
-COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille letter: rows of two
+_NO_DOTS = 0x2800  # the Braille letter without a dot
 _LABEL = 7  # letters of a number beside the plot
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Values by step. marks: a mark at each value in place of a line. colour: index in COLOURS."""
+    """Values by step. marks: a mark at each value in place of a line."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     marks: bool = False
-    colour: int = 0
+
+    @property
+    def colour(self) -> str:
+        return "yellow" if self.marks else "cyan"
 
 
 def plot(curves: Sequence[Curve], width: int, height: int, unicode: bool = True) -> list[Text]:
@@ -41,66 +44,41 @@ def plot(curves: Sequence[Curve], width: int, height: int, unicode: bool = True)
         return []
     (x0, x1), (y0, y1) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + max(abs(y0), 1.0) / 10
-    canvas = _Canvas(columns, rows, unicode)
+    cells: dict[tuple[int, int], tuple[str, str]] = {}  # row and column -> letter and style
     for curve in sorted(curves, key=lambda each: each.marks):  # marks lie on top
-        across = [(x - x0) / (x1 - x0) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
-        down = [(y1 - y) / (y1 - y0) for y in curve.y if math.isfinite(y)]
-        draw = canvas.mark if curve.marks else canvas.line
-        draw(across, down, COLOURS[curve.colour % len(COLOURS)])
+        known = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        shares = [((x - x0) / (x1 - x0), (y1 - y) / (y1 - y0)) for x, y in known]  # from the upper left
+        if curve.marks:
+            places = ((round(y * (rows - 1)), round(x * (columns - 1))) for x, y in shares)
+            cells |= dict.fromkeys(places, ("●" if unicode else "o", curve.colour))
+            continue
+        across, down = (2, 4) if unicode else (1, 1)  # dots of a cell
+        for x, y in _line(shares, columns * across, rows * down):
+            cell = (y // down, x // across)
+            dots = ord(cells[cell][0]) if cell in cells else _NO_DOTS
+            cells[cell] = (chr(dots | _DOTS[y % down][x % across]) if unicode else ".", curve.colour)
     labels = {0: _number(y1), rows - 1: _number(y0)}
     bar = "│" if unicode else "|"
-    lines = [Text(f"{labels.get(row, ''):>{_LABEL}} {bar}", "dim").append_text(canvas.row(row)) for row in range(rows)]
+    lines = [
+        Text(f"{labels.get(row, ''):>{_LABEL}} {bar}", "dim").append_text(
+            Text.assemble(*(cells.get((row, column), " ") for column in range(columns)))
+        )
+        for row in range(rows)
+    ]
     first, last = f"{x0:,.0f}", f"step {x1:,.0f}"
     return [*lines, Text(" " * (_LABEL + 2) + first + last.rjust(columns - len(first)), "dim")]
 
 
-class _Canvas:
-    """Cells of letters; places are shares of width and height, from the upper left."""
-
-    def __init__(self, columns: int, rows: int, unicode: bool) -> None:
-        self._columns, self._rows, self._unicode = columns, rows, unicode
-        self._fine = (2, 4) if unicode else (1, 1)  # dots of a cell, across and down
-        self._dots: dict[tuple[int, int], int] = {}
-        self._colour: dict[tuple[int, int], str] = {}
-        self._marks: set[tuple[int, int]] = set()
-
-    def line(self, across: Sequence[float], down: Sequence[float], colour: str) -> None:
-        """The mean of the values in each column of dots, joined to the next."""
-        columns, rows = self._columns * self._fine[0], self._rows * self._fine[1]
-        places: dict[int, list[float]] = {}
-        for x, y in zip(across, down, strict=True):
-            places.setdefault(round(x * (columns - 1)), []).append(y)
-        before: tuple[int, int] | None = None
-        for column in sorted(places):
-            row = round(sum(places[column]) / len(places[column]) * (rows - 1))
-            for x, y in _between(before or (column, row), (column, row)):
-                self._dot(x, y, colour)
-            before = (column, row)
-
-    def mark(self, across: Sequence[float], down: Sequence[float], colour: str) -> None:
-        for x, y in zip(across, down, strict=True):
-            cell = (round(y * (self._rows - 1)), round(x * (self._columns - 1)))
-            self._marks.add(cell)
-            self._colour[cell] = colour
-
-    def row(self, row: int) -> Text:
-        text = Text()
-        for column in range(self._columns):
-            cell = (row, column)
-            if cell in self._marks:
-                letter = "●" if self._unicode else "o"
-            elif cell in self._dots:
-                letter = chr(0x2800 + self._dots[cell]) if self._unicode else "."
-            else:
-                letter = " "
-            text.append(letter, self._colour.get(cell))
-        return text
-
-    def _dot(self, x: int, y: int, colour: str) -> None:
-        across, down = self._fine
-        cell = (y // down, x // across)
-        self._dots[cell] = self._dots.get(cell, 0) | (_DOTS[y % down][x % across] if self._unicode else 1)
-        self._colour[cell] = colour
+def _line(shares: Sequence[tuple[float, float]], columns: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Dots of the mean of the values in each column, joined to the next."""
+    places: dict[int, list[float]] = {}
+    for x, y in shares:
+        places.setdefault(round(x * (columns - 1)), []).append(y)
+    before: tuple[int, int] | None = None
+    for column in sorted(places):
+        dot = (column, round(sum(places[column]) / len(places[column]) * (rows - 1)))
+        yield from _between(before or dot, dot)
+        before = dot
 
 
 def _between(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
@@ -119,11 +97,10 @@ def _number(value: float) -> str:
 
 
 _NARROWEST = 64  # letters of a panel that stands beside another
-_LOW = 3  # lines of a panel that has nothing but its state
+_LOW, _HIGHEST = 3, 1000  # lines of a panel that has nothing but its state, and of one that is shown whole
 _PLOT_ROWS = (5, 14)  # fewest and most
 _STATE_STYLE = {"training": "green", "finished": "green", "stopped": "red", "unknown": "yellow"}
-_MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim"), "good": ("✓", "green")}
-_ASCII_MARKS = {"error": "x", "warning": "!", "note": "-", "good": "+"}
+_MARKS = {"error": ("✗", "x", "red"), "warning": ("!", "!", "yellow")}  # of findings; in ASCII; style
 
 
 def screen(looks: Sequence[RunLook], console: Console, whole: bool = False) -> RenderableType:
@@ -138,22 +115,18 @@ def screen(looks: Sequence[RunLook], console: Console, whole: bool = False) -> R
     for _ in range(beside):
         table.add_column(ratio=1)
     for row, is_low in zip(rows, low, strict=True):
-        lines = None if whole else (_LOW if is_low else max(_LOW, room)) - 2
+        lines = (_HIGHEST if whole else _LOW if is_low else max(_LOW, room)) - 2
         table.add_row(*(_panel(look, width // beside - 4, lines, unicode) for look in row))
     return table
 
 
-def _panel(look: RunLook, width: int, height: int | None, unicode: bool) -> RenderableType:
+def _panel(look: RunLook, width: int, height: int, unicode: bool) -> RenderableType:
     status = status_of(look)
     head, tail = [*_head(status, width, unicode)], [*_findings(status, unicode)]
-    if height is None:
-        rest = [*_plot(look.record, width, _PLOT_ROWS[1], unicode), *_samples(status["samples"], width, 1000)]
-    else:
-        free = height - len(head) - len(tail)
-        share = min(_PLOT_ROWS[1], free * 2 // 3 if free > 2 * _PLOT_ROWS[0] else free)
-        drawn = _plot(look.record, width, share, unicode) if share >= _PLOT_ROWS[0] else []
-        rest = [*drawn, *_samples(status["samples"], width, free - len(drawn))]
-    lines = [*head, *tail, *rest]
+    free = height - len(head) - len(tail)
+    share = min(_PLOT_ROWS[1], free * 2 // 3 if free > 2 * _PLOT_ROWS[0] else free)
+    drawn = _plot(look.record, width, share, unicode) if share >= _PLOT_ROWS[0] else []
+    lines = [*head, *tail, *drawn, *_samples(status["samples"], width, free - len(drawn))]
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     title = Text(f" {visible(str(look.record.folder))} ", "bold")
@@ -193,10 +166,9 @@ def _progress(status: dict[str, Any], width: int, unicode: bool) -> Iterator[Tex
 
 def _findings(status: dict[str, Any], unicode: bool) -> Iterator[Text]:
     for finding in status["findings"]:
-        if finding["level"] in ("error", "warning"):
-            mark, style = _MARKS[finding["level"]]
-            text = f"{mark if unicode else _ASCII_MARKS[finding['level']]} {finding['seen']} {finding['advice']}"
-            yield Text(text.rstrip(), style)
+        if finding["level"] in _MARKS:
+            mark, in_ascii, style = _MARKS[finding["level"]]
+            yield Text(f"{mark if unicode else in_ascii} {finding['seen']} {finding['advice']}".rstrip(), style)
 
 
 def _plot(run: RunRecord, width: int, rows: int, unicode: bool) -> list[Text]:
@@ -206,14 +178,14 @@ def _plot(run: RunRecord, width: int, rows: int, unicode: bool) -> list[Text]:
         points = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
         if points:
             x, y = zip(*points, strict=True)
-            curves.append(Curve(name, x, y, marks, colour=int(marks)))
+            curves.append(Curve(name, x, y, marks))
     drawn = plot(curves, width, rows - 1, unicode)
     if not drawn:
         return []
     legend = Text(" " * 9)
     for curve in curves:
         letter = ("●" if curve.marks else "⠤⠤") if unicode else ("o" if curve.marks else "..")
-        legend.append(f"{letter} ", COLOURS[curve.colour]).append(f"{curve.name}   ", "dim")
+        legend.append(f"{letter} ", curve.colour).append(f"{curve.name}   ", "dim")
     return [legend, *drawn]
 
 
