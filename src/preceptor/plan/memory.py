@@ -11,7 +11,7 @@ states of 8 bits 8.1; a step of several sequences sums their gradients in float3
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from preceptor.model.options import Quantization
@@ -126,9 +126,8 @@ class Moment:
 
     def continued(self, other: "Moment", times: float) -> "Moment":
         """This one and `times` the difference that `other` makes to it."""
-        numbers = ("peak_bytes", "start_bytes", "gradient_bytes", "cast_bytes")
-        changed = (round(getattr(self, n) + times * (getattr(other, n) - getattr(self, n))) for n in numbers)
-        return Moment(self.name, *changed)
+        pairs = zip(astuple(self)[1:], astuple(other)[1:], strict=True)
+        return Moment(self.name, *(round(own + times * (its - own)) for own, its in pairs))
 
 
 @dataclass(frozen=True, slots=True)

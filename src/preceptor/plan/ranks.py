@@ -107,28 +107,21 @@ def rank_peak_bytes(
 ) -> int:
     """The most bytes on one process, num_parts of which share the model (1: each has its own)."""
     states = state_bytes(setup, parameters)
-    lasting = lasting_bytes(setup, parameters) / num_parts
-    update = (states["gradients"] + update_bytes(setup, parameters)) / num_parts
-    return round(lasting + max(update, *_passes_bytes(setup, parameters, moments, num_parts, regathers)))
-
-
-def _passes_bytes(
-    setup: Setup, parameters: Parameters, moments: Sequence[Moment], num_parts: int, regathers: bool
-) -> list[float]:
-    """What lies beside weights and optimizer before the update."""
-    states = state_bytes(setup, parameters)
-    gradients = states["gradients"]
-    copied = states.get(BASE, 0)
+    gradients, copied = states["gradients"], states.get(BASE, 0)
     peaks = [moment.peak_bytes for moment in moments]
+    passes: list[float]  # what lies beside weights and optimizer before the update
     if num_parts == 1:
-        return [gradients + min(BUCKET_BYTES, gradients), *peaks]
-    if not regathers:  # whole gradients are there until the last backward pass of the step
-        return [states["weights"] + copied + max(peaks, default=gradients)]
-    outside, layer = _gathered_bytes(setup, parameters)
-    if not moments:
-        return [gradients / num_parts + sum(outside) + _NEXT * layer[0] + layer[1]]
-    first = setup.sequences_per_step == 1
-    return [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
+        passes = [gradients + min(BUCKET_BYTES, gradients), *peaks]
+    elif not regathers:  # whole gradients are there until the last backward pass of the step
+        passes = [states["weights"] + copied + max(peaks, default=gradients)]
+    else:
+        outside, layer = _gathered_bytes(setup, parameters)
+        first = setup.sequences_per_step == 1
+        passes = [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
+        passes = passes or [gradients / num_parts + sum(outside) + _NEXT * layer[0] + layer[1]]
+    lasting = lasting_bytes(setup, parameters) / num_parts
+    update = (gradients + update_bytes(setup, parameters)) / num_parts
+    return round(lasting + max(update, *passes))
 
 
 def _gathered_by_layer(
