@@ -29,8 +29,8 @@ from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.numerics import autocast
 from preceptor.model.options import ActivationPolicy
 from preceptor.plan.dry_run import DryRun, dry_run_like
-from preceptor.plan.live_bytes import LiveBytes
 from preceptor.plan.memory import Setup, step_memory
+from preceptor.plan.timeline import LiveBytes
 from preceptor.plan.work import Work
 from preceptor.train.optimizer import build_optimizer
 

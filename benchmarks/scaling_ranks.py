@@ -29,10 +29,10 @@ from preceptor.data.forest import PackedSequence
 from preceptor.model.forward import Engine
 from preceptor.model.sharding import device_mesh, shard_model
 from preceptor.plan.dry_run import dry_run_like
-from preceptor.plan.live_bytes import LiveBytes
 from preceptor.plan.memory import BASE, Setup, state_bytes
 from preceptor.plan.parameters import Parameters
 from preceptor.plan.ranks import rank_peak_bytes
+from preceptor.plan.timeline import LiveBytes
 from preceptor.plan.work import Work
 from preceptor.train.checkpoint import State
 from preceptor.train.optimizer import build_optimizer
@@ -105,7 +105,7 @@ def measure(kind: str, way: str, num_tokens: int, world: World) -> dict[str, Any
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
 
     def step() -> None:
-        take_step(state, [sequence] * own, 1e-4, 1.0, "float32", Objective(), 0, world)
+        take_step(state, [sequence] * own, 1e-4, 1.0, "float32", Objective(), world)
 
     seconds = []
     for _ in range(NUM_TIMED + 1):

@@ -39,7 +39,7 @@ def random_model(shape: dict[str, Any], dtype: str = "float32", device: str = "c
 
 def operations_of(model: Any, turns: tuple[tuple[int, int], ...]) -> float:
     """Floating-point operations of one conversation, forward and backward. turns: tokens of context and target."""
-    return operations(count_built(model, model), Work((turns,))).total
+    return sum(operations(count_built(model, model), Work((turns,))).values())
 
 
 def matrix_product_rate(precision: str, device: torch.device) -> float:

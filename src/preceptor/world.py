@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -96,10 +96,6 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    @property
-    def num_nodes(self) -> int:
-        return max(1, self.size // self.local_size)
-
     # Before the processes are connected
 
     def publish(self, name: str, value: Any) -> None:
@@ -115,7 +111,7 @@ class World:
     def _wait(self, is_there: Callable[[], bool], name: str) -> None:
         until = time.monotonic() + TIMEOUT.total_seconds()
         while not is_there():
-            self._end_if_another_failed()
+            self.end_if_another_failed()
             if time.monotonic() > until:
                 raise ProcessError(f"waited {TIMEOUT} for another process ({name})")
             time.sleep(_LOOK_SECONDS)
@@ -220,12 +216,8 @@ class World:
             raise found from error
 
     def end_if_another_failed(self) -> None:
-        """For a process that was told to stop: by the launcher, perhaps, because another one has failed."""
-        if self.size > 1:
-            self._end_if_another_failed()
-
-    def _end_if_another_failed(self) -> None:
-        failure = self._failure()
+        """Also for a process that was told to stop: by the launcher, perhaps, because another one has failed."""
+        failure = self._failure() if self.size > 1 else None
         if failure is not None:
             raise Silenced(failure["exit_code"])
 
@@ -264,13 +256,8 @@ class World:
         if self.is_first:
             yield
             return
-        before = sys.stdout, sys.stderr
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 (no path of anybody's)
-            sys.stdout = sys.stderr = nowhere
-            try:
-                yield
-            finally:
-                sys.stdout, sys.stderr = before
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
+            yield
 
 
 def _ignore_signals() -> None:

@@ -12,7 +12,7 @@ from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.numerics import autocast
 from preceptor.model.options import CROSS_ENTROPY
-from preceptor.plan.live_bytes import LiveBytes
+from preceptor.plan.timeline import LiveBytes
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from tiny import chain
 

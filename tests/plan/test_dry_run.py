@@ -1,7 +1,5 @@
 """What a dry run predicts of a step against a real step: policies, precisions, adapters and model types."""
 
-from dataclasses import replace
-
 import pytest
 from children import TORTURE
 from measured import ONE, SEVERAL, measured_peak, sequence_of
@@ -215,9 +213,8 @@ def test_towers_are_held_beside():
 def test_a_few_layers_stand_for_many(kind, layers, period, policy):
     """gpt-oss: windows that alternate make a period of two layers."""
     dry_run, whole = (dry_run_like(tiny_model(kind, **SIZES | {"num_hidden_layers": layers})) for _ in range(2))
-    depths = dry_run._depths
-    assert depths.short < layers and depths.long - depths.short == period
-    whole._depths = replace(depths, short=layers, long=layers)
+    assert dry_run._short < layers and dry_run._long - dry_run._short == period
+    whole._short = whole._long = layers
     setup, sequence = Setup(autocast=True, device_type="cuda"), sequence_of(ONE)
     found, true = (
         max(moment.peak_bytes for moment in each.step(setup, policy, sequence, 512)) for each in (dry_run, whole)

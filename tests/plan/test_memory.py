@@ -16,7 +16,6 @@ from preceptor.plan.parameters import LoraSpec, count_parameters
 from preceptor.plan.shapes import shape_of
 from preceptor.plan.work import Work, operations
 from preceptor.train.optimizer import (
-    OptimizerMemory,
     accumulate_in_float32,
     build_optimizer,
     expected_state_bytes,
@@ -133,7 +132,7 @@ def test_the_peak_of_a_step_by_optimizer_and_type(name, rounding, num_sequences)
     if num_sequences > 1:
         accumulate_in_float32(model)
     built = build_optimizer(model, name=name, momentum=momentum, rounding=rounding)
-    expected = OptimizerMemory(state_bytes(setup, parameters)["optimizer"], update_bytes(setup, parameters))
+    expected = (state_bytes(setup, parameters)["optimizer"], update_bytes(setup, parameters))
     assert optimizer_memory(built) == expected
     memory = step_memory(setup, parameters, moments)
     assert memory.peak_bytes == pytest.approx(measured, rel=0.02)
@@ -158,9 +157,9 @@ def test_states_in_the_hosts_memory_are_on_the_device_one_weight_at_a_time(name,
 def test_operations_are_6_n_t_where_that_is_right():
     parameters = built({**LLAMA_8B, "vocab_size": 64}).parameters()
     found = operations(parameters, Work((((0, 2048),),)))
-    assert found.linear == pytest.approx(6.0 * (parameters.num_base - parameters.outside) * 2048, rel=1e-4)
+    assert found["linear layers"] == pytest.approx(6.0 * (parameters.num_base - parameters.outside) * 2048, rel=1e-4)
     # causal attention: scores and values, 2 operations each for every pair and channel, forward and twice backward
-    assert found.attention == pytest.approx(32 * 3 * 4 * 4096 * 2048 * 2049 / 2, rel=1e-9)
+    assert found["attention"] == pytest.approx(32 * 3 * 4 * 4096 * 2048 * 2049 / 2, rel=1e-9)
 
 
 def test_operations_that_are_left_out_or_added():
@@ -168,11 +167,13 @@ def test_operations_that_are_left_out_or_added():
     turns = ((3000, 1000),)
     policies = (KEEP_ALL, *(ActivationPolicy(*each) for each in (("detach",), ("recompute",), ("full", "all"))))
     full, detached, again, all_again = (operations(llama.parameters(), Work((turns,), policy)) for policy in policies)
-    assert detached.linear == pytest.approx(full.linear * (4000 + 2 * 1000) / (3 * 4000), rel=1e-3)
-    assert again.again == pytest.approx(0.75 * all_again.again, rel=1e-3)
-    assert all_again.again == pytest.approx((full.linear + full.attention) / 3, rel=1e-6)
+    linear, attention = full["linear layers"], full["attention"]
+    assert detached["linear layers"] == pytest.approx(linear * (4000 + 2 * 1000) / (3 * 4000), rel=1e-3)
+    assert again["computed again"] == pytest.approx(0.75 * all_again["computed again"], rel=1e-3)
+    assert all_again["computed again"] == pytest.approx((linear + attention) / 3, rel=1e-6)
     lora = operations(llama.parameters(LoraSpec(16)), Work((turns,)))
-    assert lora.linear == pytest.approx(full.linear * 4 / 6) and lora.head == pytest.approx(full.head * 2 / 3)
+    assert lora["linear layers"] == pytest.approx(linear * 4 / 6)
+    assert lora["head"] == pytest.approx(full["head"] * 2 / 3)
     experts = built(REAL["Qwen3-30B-A3B"][0]).parameters()
     expected = 6 * (experts.active - experts.outside) * 4000
-    assert operations(experts, Work((turns,))).linear == pytest.approx(expected, rel=1e-3)
+    assert operations(experts, Work((turns,)))["linear layers"] == pytest.approx(expected, rel=1e-3)

@@ -108,9 +108,9 @@ def broken(monkeypatch):
     def breaks(*steps, gradient=False):
         real = stepping.accumulate_gradients
 
-        def accumulate(engine, sequences, divisor, precision, objective, where, seed=(0, 0), *world):
-            losses, router_aux = real(engine, sequences, divisor, precision, objective, where, seed, *world)
-            if seed[1] + 1 in steps and where.startswith("step"):
+        def accumulate(engine, sequences, divisor, precision, objective, where, step=0, *world):
+            losses, router_aux = real(engine, sequences, divisor, precision, objective, where, step, *world)
+            if step + 1 in steps and where.startswith("step"):
                 next(p for p in engine.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
                 losses[0] = losses[0] if gradient else losses[0] * float("nan")
             return losses, router_aux
@@ -312,12 +312,13 @@ def test_a_checkpoint_is_written_while_training_goes_on(run_file, tmp_path, monk
     taken, waiting, writing = threading.Event(), [], []
     write = checkpoint.Checkpoints._write
 
-    def slow(self, content, num_bytes, step, position):
+    def slow(self, content, num_bytes, manifest):
+        step = manifest["step"]
         writing.append(step)
         assert threading.current_thread() is not threading.main_thread()
         if step == 1:
             waiting.append(taken.wait(20))
-        write(self, content, num_bytes, step, position)
+        write(self, content, num_bytes, manifest)
         assert writing == [*range(1, step + 1)]
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
@@ -334,10 +335,10 @@ def test_an_error_of_the_writer_ends_the_run_at_the_next_step_and_the_former_che
     file = run_file(train__duration="9 steps", checkpoint__every="2 steps", checkpoint__async_save=True)
     write = checkpoint.Checkpoints._write
 
-    def fails(self, content, num_bytes, step, position):
-        if step == 4:
+    def fails(self, content, num_bytes, manifest):
+        if manifest["step"] == 4:
             raise CheckpointError("step-00000004: cannot be written: No space left on device")
-        write(self, content, num_bytes, step, position)
+        write(self, content, num_bytes, manifest)
 
     def slowly(state, *arguments):
         time.sleep(0.1)

@@ -11,7 +11,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.train.evaluations import _base_figures, build_evaluations
+from preceptor.train.evaluations import Evaluations, _base_figures
 from preceptor.train.prepare import prepare
 from preceptor.world import ONE
 from runs import execute
@@ -59,7 +59,7 @@ def test_samples_answer_the_question_that_stands_beside_them(train_on, turn, run
     row = conversations(2, turns=2)[1]
     run = config.load(run_file(eval_rows=[row]), [f"data.train_on={train_on}", "train.precision=float32"])
     prepared = prepare(run)
-    (prompt,) = build_evaluations(prepared, Path(run.out), print, alone=False).prompts
+    (prompt,) = Evaluations(prepared, Path(run.out), print, alone=False).prompts
     question, answer = row["messages"][2 * turn : 2 * turn + 2]
     assert (prompt.last_message, prompt.reference) == (question["content"], answer["content"])
     context = prepared.chat.tokenizer.decode(prompt.context)
@@ -94,7 +94,7 @@ def test_figures_of_the_base_are_kept_apart_for_each_quantization(run_file, writ
     kinds = ["null", "int8", "nf4"]
     runs = [config.load(file, [f"model.quantization={kind}"]) for kind in kinds]
     runs += [config.load(file, ["model.quantization=nf4", "model.double_quantization=false"])]
-    assert len({_base_figures(prepare(run), ONE).key for run in runs}) == 4
+    assert len({_base_figures(prepare(run), ONE)[1] for run in runs}) == 4
 
 
 def test_a_broken_task_stops_the_run_before_anything_is_written(run_file, write_jsonl, tmp_path):

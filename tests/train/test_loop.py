@@ -67,7 +67,7 @@ def test_dropout_follows_seed_step_and_sequence_alone(run_file):
                 torch.nn.init.constant_(weight, 0.1)
         torch.manual_seed(drawn)
         state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)), step)
-        return loop.take_step(state, ordered, 1e-3, 1.0, "float32", seed=seed)[0]
+        return loop.take_step(state, ordered, 1e-3, 1.0, "float32", Objective(seed=seed))[0]
 
     first = loss(0, sequences)
     assert loss(1, sequences[::-1]) == pytest.approx(first, rel=1e-6)

@@ -14,7 +14,7 @@ from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
 from preceptor.model.load import save_model
 from preceptor.serve.chat import Speaker, converse
 from preceptor.train.build import build_model
-from preceptor.train.evaluations import build_evaluations
+from preceptor.train.evaluations import Evaluations
 from preceptor.train.prepare import prepare
 from tiny import tiny_model, tiny_tokenizer
 
@@ -104,7 +104,7 @@ def test_all_build_the_trained_contexts(case, asked):
     trained = {s.message: path_ids(tree, s.parent) for s in tree.segments if s.message is not None}
     assert list(trained) == [1, 3]
 
-    during = build_evaluations(prepared, folder, print, alone=False)
+    during = Evaluations(prepared, folder, print, alone=False)
     (held_out,) = during.held_out
     assert [s._replace(text="") for s in held_out.tree.segments] == list(tree.segments)  # only it keeps its texts
     assert [prompt.context for prompt in during.prompts] == [trained[1]]
@@ -137,7 +137,7 @@ def test_all_build_the_trained_contexts(case, asked):
 
 def test_all_stop_at_the_same_tokens(case):
     prepared, folder, *_ = case
-    during = build_evaluations(prepared, folder, print, alone=False).evaluated(None)
+    during = Evaluations(prepared, folder, print, alone=False).evaluated(None)
     after = load_evaluated_model(str(folder), "float32", "cpu")
     stops = set(prepared.chat.stop_token_ids)
     assert set(during.chat.stop_token_ids) == set(after.chat.stop_token_ids) == stops

@@ -5,19 +5,27 @@ import itertools
 import pytest
 import torch
 
-from preceptor.train.optimizer import build_optimizer, clip_gradients, learning_rate_at
+from preceptor import config
+from preceptor.train.optimizer import build_optimizer, clip_gradients, schedule
 
 
-def course(schedule, total=100, warmup=10, final=0.1):
-    return [learning_rate_at(step, total, warmup, 2.0, schedule, final) for step in range(total)]
+def course(lr_scheduler, total=100, warmup=10, final=0.1, decay=None):
+    settings = config.Optimizer(
+        learning_rate=2.0,
+        lr_scheduler=lr_scheduler,
+        warmup=config.Duration(warmup, "steps"),
+        min_lr_ratio=final,
+        decay=decay and config.Duration(decay, "steps"),
+    )
+    return [*map(schedule(settings, 1, total), range(total))]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_the_rise_and_the_ends(schedule):
-    rates = course(schedule)
+@pytest.mark.parametrize("lr_scheduler", ["cosine", "linear", "constant"])
+def test_the_rise_and_the_ends(lr_scheduler):
+    rates = course(lr_scheduler)
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert max(rates) == 2.0
-    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    assert rates[-1] == pytest.approx(2.0 if lr_scheduler == "constant" else 0.2)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
 
 
@@ -32,10 +40,10 @@ def test_without_warmup_the_first_step_is_near_the_peak():
 
 
 def test_wsd_stays_at_the_peak_until_the_last_part_and_falls_to_the_ratio():
-    rates = [learning_rate_at(step, 100, 10, 2.0, "wsd", 0.1, 20) for step in range(100)]
+    rates = course("wsd", decay=20)
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert set(rates[9:80]) == {2.0} and rates[89] == pytest.approx(2.0 * 0.55) and rates[99] == pytest.approx(0.2)
-    assert learning_rate_at(5, 6, 2, 1.0, "wsd", 0.0, 6) == pytest.approx(0.0)  # longer than what is left
+    assert course("wsd", 6, 2, 0.0, decay=6)[5] == pytest.approx(0.0)  # longer than what is left
 
 
 def test_matrices_decay_and_the_rest_does_not():

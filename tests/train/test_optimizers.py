@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.numerics import random_bits
 from preceptor.train.build import optimizer_of
+from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.optimizer import (
     apply_learning_rate,
     build_optimizer,
@@ -226,7 +226,7 @@ def test_adamw_8bit_follows_adamw():
 
 @pytest.mark.parametrize("rounding", [None, "exact", "stochastic"])
 @pytest.mark.parametrize("name", NAMES)
-def test_states_go_through_both_kinds_of_checkpoint_and_have_the_predicted_size(name, rounding):
+def test_states_go_through_a_checkpoint_and_have_the_predicted_size(name, rounding, tmp_path):
     def made(seed):
         model = tiny_model("llama", seed=seed, dtype=HALF if rounding else FULL)
         return model, built(model, name, rounding=rounding)
@@ -235,18 +235,12 @@ def test_states_go_through_both_kinds_of_checkpoint_and_have_the_predicted_size(
     take_steps(model, optimizer, 2)
     states = [value for state in optimizer.state.values() for key, value in state.items() if value.ndim]
     assert sum(value.numel() * value.element_size() for value in states) == expected_state_bytes(optimizer)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    plain, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    Checkpoints(tmp_path, "this", keep=1).save(State(model, optimizer, step=2))
     goal = copy.deepcopy(take_steps(model, optimizer, 2, seed=1).state_dict())
-    for way in ("dcp", "plain"):
-        again, other = made(1)
-        again.load_state_dict(weights)
-        if way == "dcp":
-            set_optimizer_state_dict(again, other, optim_state_dict=saved)
-        else:
-            other.load_state_dict(plain)
-        take_steps(again, other, 2, seed=1)
-        assert all(torch.equal(value, goal[key]) for key, value in again.state_dict().items()), way
+    again, other = made(1)
+    Checkpoints(tmp_path, "this", keep=1).restore(State(again, other), print)
+    take_steps(again, other, 2, seed=1)
+    assert all(torch.equal(value, goal[key]) for key, value in again.state_dict().items())
 
 
 def test_factors_of_the_learning_rate_by_pattern():

@@ -20,7 +20,6 @@ from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
-from preceptor.train.optimizer import OptimizerMemory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import prepare
 from preceptor.train.step import Objective
@@ -217,8 +216,8 @@ def test_a_head_that_is_not_known_is_still_rejected():
 @pytest.mark.parametrize(
     ("reserved", "message"),
     [
-        (OptimizerMemory(1 << 60, 0), r"largest sequence of the run, \d+ tokens.*does not fit.*optimizer state"),
-        (OptimizerMemory(0, 1 << 60), r"first step: the update of the weights does not fit.*adamw_8bit"),
+        ((1 << 60, 0), r"largest sequence of the run, \d+ tokens.*does not fit.*optimizer state"),
+        ((0, 1 << 60), r"first step: the update of the weights does not fit.*adamw_8bit"),
     ],
 )
 def test_the_optimizers_states_and_its_largest_update_are_tried_as_well(reserved, message):

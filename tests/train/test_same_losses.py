@@ -92,7 +92,7 @@ def losses(kind, memory, trained, world=ONE, spread=None, batches=None, optimize
     loss = config.Loss(router_aux_coef=0.1 if kind == "qwen3_moe" else None)
     objective = Objective.of(loss, config.Memory(**MEMORY[memory]), model, 64)
     batches = batches or (lambda step: loader().batch(step, world.rank, world.size))
-    return [take_step(state, batches(step), 1e-3, 1.0, "float32", objective, 0, world) for step in range(steps)]
+    return [take_step(state, batches(step), 1e-3, 1.0, "float32", objective, world) for step in range(steps)]
 
 
 @pytest.mark.parametrize(("kind", "memory", "trained", "spreads"), CASES)

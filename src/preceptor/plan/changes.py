@@ -9,7 +9,6 @@
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
@@ -44,28 +43,13 @@ def find_plan(
     return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device))
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """keys: what to add to the command line; peak_bytes: the peak then.
-
-    Where weights, gradients and optimizer are too much by themselves, those.
-    """
-
-    keys: Keys
-    peak_bytes: int
-    fits: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "set": [f"{key}={value}" for key, value in self.keys.items()],
-            "peak_bytes": self.peak_bytes,
-            "fits": self.fits,
-        }
-
-
 def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
-    """The first change after which the run fits, and all that were tried; `change` is None where none does."""
-    tried: list[Change] = []
+    """The first change after which the run fits, and all that were tried; `change` is None where none does.
+
+    Of each, `set` has what to add to the command line, and `peak_bytes` the peak then; where weights, gradients and
+    optimizer are too much by themselves, those.
+    """
+    tried: list[dict[str, Any]] = []
     for keys in _candidates(run, sample):
         changed = _changed(run, keys)
         if changed is None:
@@ -78,13 +62,11 @@ def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device
                 peak = make_case(changed, dry_run, sample, device).memory.peak_bytes
             except ModelError:  # of a context gradient that the model's layers do not take
                 continue
-        tried.append(Change(keys, peak, peak <= device.usable_bytes))
-        if tried[-1].fits:
-            break
-    return {
-        "change": tried[-1].to_json() if tried and tried[-1].fits else None,
-        "tried": [change.to_json() for change in tried],
-    }
+        fits = peak <= device.usable_bytes
+        tried.append({"set": [f"{key}={value}" for key, value in keys.items()], "peak_bytes": peak, "fits": fits})
+        if fits:
+            return {"change": tried[-1], "tried": tried}
+    return {"change": None, "tried": tried}
 
 
 def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:

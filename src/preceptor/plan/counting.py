@@ -1,7 +1,7 @@
 """Counting the parameters of a model that is built, with or without values: by kind, by layer, and what is trained."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,15 +22,18 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 def count_built(whole: Any, adapted: Any) -> Parameters:
     """Parameters of a model, and of what an adapted one of any depth trains (the same model: everything)."""
     layers = tuple(_layer_parameters(whole, layer) for layer in decoder_layers(whole))
-    base = _by_kind(whole)
-    trained = _by_kind(whole, trained=True)
+    base: Counter[str] = Counter()
+    trained: dict[str, int] = Counter()
+    for kind, parameter in _kinds(whole):
+        base[kind] += parameter.numel()
+        trained[kind] += parameter.numel() * parameter.requires_grad
     if adapted is not whole:
         named = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
         trained = {"adapter": sum(count for name, count in named if "lora_" in name)}
         trained["whole modules"] = sum(count for name, count in named if ".modules_to_save." in name)
         trained["token rows"] = sum(count for _, count in named) - sum(trained.values())
     return Parameters(
-        base=base,
+        base=dict(base),
         trained={kind: count for kind, count in trained.items() if count},
         active=sum(base.values()) - base.get("towers", 0) - sum(layer.total - layer.active for layer in layers),
         layers=layers,
@@ -50,30 +53,27 @@ def _tensors(model: Any) -> dict[Tensor, int]:
     return dict(found)
 
 
-def _by_kind(model: Any, trained: bool = False) -> dict[str, int]:
-    """Each parameter once; trained: of those that are."""
+def _kinds(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once, with its kind."""
     bare = causal_lm(model)
     of_towers = {id(parameter) for parameter in tower_parameters(bare)}
     embedding, head = bare.get_input_embeddings().weight, bare.get_output_embeddings().weight
-    found: Counter[str] = Counter()
     for name, parameter in bare.named_parameters():
-        if trained and not parameter.requires_grad:
-            continue
         if id(parameter) in of_towers:
-            kind = "towers"
+            yield "towers", parameter
         elif parameter is embedding:
-            kind = "embedding"
+            yield "embedding", parameter
         elif parameter is head:
-            kind = "head"
+            yield "head", parameter
         else:
             kind = next((kind for kind, marks in _KINDS.items() if any(mark in name for mark in marks)), "other")
-        found[kind] += parameter.numel()
-    return dict(found)
+            yield kind, parameter
 
 
 def _layer_parameters(model: Any, layer: nn.Module) -> LayerParameters:
     settings = causal_lm(model).config.get_text_config(decoder=True)
-    share = _share_of_experts(settings)
+    count, per_token = _first(settings, NUM_EXPERTS), _first(settings, NUM_CHOSEN)
+    share = per_token / count if count and per_token else 1.0  # of the experts' parameters, what a token goes through
     total, active, matrices = 0, 0.0, 0.0
     for name, parameter in layer.named_parameters():
         used = parameter.numel() * (share if ".experts." in f".{name}" else 1)
@@ -91,12 +91,6 @@ def _window(settings: Any, layer: nn.Module) -> int | None:
     own = [module.sliding_window for module in layer.modules() if hasattr(module, "sliding_window")]
     found = next((window for window in own if window), None) if own else getattr(settings, "sliding_window", None)
     return int(found) if isinstance(found, int) else None
-
-
-def _share_of_experts(settings: Any) -> float:
-    """Of the experts' parameters, what a token goes through."""
-    count, per_token = _first(settings, NUM_EXPERTS), _first(settings, NUM_CHOSEN)
-    return per_token / count if count and per_token else 1.0
 
 
 def _first(settings: Any, names: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
 from preceptor.model.numerics import FAILURES
 from preceptor.model.optimisations import Mode, install
-from preceptor.model.options import ActivationPolicy, LossOptions, Quantization
+from preceptor.model.options import ActivationPolicy, LossOptions
 from preceptor.model.parts import (
     causal_lm,
     choose_trained,
@@ -90,11 +90,13 @@ class DryRun:
         self._parameters: dict[Any, Parameters] = {}
         self._models: dict[Any, Any] = {}
         self.num_rows = int(settings.get_text_config(decoder=True).vocab_size)
-        model = self._whole = self._model(torch.float32, None, 0, self.num_rows, None)
+        model = self._model(Setup(), self.num_rows)
         self.num_layers = len(decoder_layers(model))
         if not self.num_layers:
             raise ModelError(f"{model_type(model)}: does not say which of its modules are layers, so it has no dry run")
-        self._depths = _Depths.of([_signature(layer) for layer in decoder_layers(model)])
+        self._short, self._long, self._side = _depths_of([_signature(layer) for layer in decoder_layers(model)])
+        more = self._long - self._short
+        self._times = (self.num_layers - self._short) / more if more else 0.0  # that `more` layers are to be added
         keeps_apart = engine != "plain" and path_mixers(model)
         self.reads_alone = not keeps_apart and _mixes_outside_attention(causal_lm(model))
 
@@ -107,15 +109,15 @@ class DryRun:
         num_rows = num_rows or self.num_rows
         key = adapter, num_new_tokens, num_rows, choice
         if key not in self._parameters:
-            whole = self._model(torch.float32, None, 0, num_rows, None, choice)
+            whole = self._model(Setup(choice=choice), num_rows)
             if adapter is None:
                 found = count_built(whole, whole)
             else:
+                adapted = Setup(adapter=adapter, num_new_tokens=num_new_tokens)
                 short, long = (
-                    count_built(whole, self._model(torch.float32, adapter, num_new_tokens, num_rows, depth))
-                    for depth in self._two_depths(adapter)
+                    count_built(whole, self._model(adapted, num_rows, depth)) for depth in self._two_depths(adapter)
                 )
-                found = short.continued(long, self._depths.times)
+                found = short.continued(long, self._times)
             self._parameters[key] = found
         return self._parameters[key]
 
@@ -126,10 +128,11 @@ class DryRun:
         `optimizer.lr_factors` that fits nothing that is trained.
         """
         if new_stop_token is not None and setup.choice != EVERYTHING:
-            chosen = self._model(torch.float32, None, 0, num_rows, None, setup.choice)
+            chosen = self._model(Setup(choice=setup.choice), num_rows)
             require_stop_token_learned(chosen, new_stop_token, "freeze" if setup.choice[0] else "train_only")
         if patterns:
-            model = self._model(torch.float32, setup.adapter, setup.num_new_tokens, num_rows, None, setup.choice)
+            own = Setup(adapter=setup.adapter, num_new_tokens=setup.num_new_tokens, choice=setup.choice)
+            model = self._model(own, num_rows)
             names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             require_factors_fit(patterns, names)
 
@@ -137,7 +140,7 @@ class DryRun:
         """That stand for the whole; the whole itself where layers are adapted by name."""
         if adapter is not None and adapter.options.differs_by_layer:
             return self.num_layers, self.num_layers
-        return self._depths.short, self._depths.long
+        return self._short, self._long
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -158,23 +161,19 @@ class DryRun:
             short = long = self._run(setup, policy, sequence, num_rows, depth)
             if depth < more:
                 long = self._run(setup, policy, sequence, num_rows, more)
-            times = self._depths.times
-            self._moments[key] = tuple(moment.continued(long[role], times) for role, moment in short.items())
+            self._moments[key] = tuple(moment.continued(long[role], self._times) for role, moment in short.items())
         return self._moments[key]
 
     def _run(
         self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int, depth: int
     ) -> dict[Role, Moment]:
-        dtype = getattr(torch, setup.weights)
-        bits = None if setup.quantization is None else (setup.quantization, setup.double_quantization)
-        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice, bits).train()
-        base = None
+        model, base = self._model(setup, num_rows, depth).train(), None
         if setup.kl_to_base and setup.adapter is None:
-            base = self._model(dtype, None, 0, num_rows, depth, copied=True).requires_grad_(False)
+            base = self._model(Setup(setup.weights), num_rows, depth, copied=True).requires_grad_(False)
         with dry_run_for(setup.device_type):
             state = install(model, self._engine, check=False)
             try:
-                return _passes(model, base, sequence, policy, setup, self._depths.side)
+                return _passes(model, base, sequence, policy, setup, self._side)
             except (ModelError, *FAILURES) as error:
                 if "last_layer" not in state.optimisations:
                     if isinstance(error, ModelError):  # says itself what is wrong
@@ -183,22 +182,13 @@ class DryRun:
         state.optimisations.discard("last_layer")  # such a layer may not take fewer tokens than there are
         return self._run(setup, policy, sequence, num_rows, depth)
 
-    def _model(
-        self,
-        dtype: torch.dtype,
-        adapter: LoraSpec | None,
-        num_new_tokens: int,
-        num_rows: int,
-        depth: int | None,
-        choice: Patterns = EVERYTHING,
-        bits: tuple[Quantization, bool] | None = None,
-        copied: bool = False,
-    ) -> Any:
-        """A model without values; depth: so many of its layers, None for all. bits: as `quantize` takes them.
+    def _model(self, setup: Setup, num_rows: int, depth: int | None = None, copied: bool = False) -> Any:
+        """A model without values, held and trained as in a setup; depth: so many of its layers, None for all.
 
         copied: not the model that is trained, but one beside it.
         """
-        key = dtype, adapter, num_new_tokens, num_rows, depth, choice, bits, copied
+        bits = setup.quantization, setup.double_quantization
+        key = setup.weights, setup.adapter, setup.num_new_tokens, setup.choice, bits, num_rows, depth, copied
         if key not in self._models:
             settings = copy.deepcopy(self._settings)
             text = settings.get_text_config(decoder=True)
@@ -207,13 +197,13 @@ class DryRun:
                 _shorten(text, self.num_layers, depth)
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what transformers and peft have to say, they say of the real model
-                model = self._build(settings, dtype=dtype)
+                model = self._build(settings, dtype=getattr(torch, setup.weights))
                 freeze_towers(model)
-                choose_trained(model, *choice)
-                if bits is not None:
-                    quantize(model, *bits, device="meta")
-                if adapter is not None:
-                    new_ids = range(num_rows - num_new_tokens, num_rows)
+                choose_trained(model, *setup.choice)
+                if setup.quantization is not None:
+                    quantize(model, setup.quantization, setup.double_quantization, device="meta")
+                if (adapter := setup.adapter) is not None:
+                    new_ids = range(num_rows - setup.num_new_tokens, num_rows)
                     own = (adapter.rank, adapter.rank, adapter.dropout, adapter.targets, new_ids)
                     options = replace(adapter.options, alpha_pattern=())  # costs nothing, and may name a layer cut off
                     model = add_adapter(model, *own, seed=0, options=options)
@@ -252,11 +242,14 @@ def _passes(
         dtype = parameter.grad_dtype  # type: ignore[attr-defined]
         parameter.grad = torch.empty_like(parameter, dtype=dtype) if setup.sequences_per_step > 1 else None
     layers = decoder_layers(model)
-    penalty = None
+    penalty: Any = None
     if setup.kl_to_base:
         num_rows = len(decoder_of(model).get_input_embeddings().weight)
         reference = ReferenceModel(base or model, base is not None, num_rows - setup.num_new_tokens)
-        penalty = partial(_divergence, reference)
+
+        def penalty(hidden_MD: Tensor, source_N: Tensor, head: Head, own: PackedSequence, divisor: float) -> Tensor:
+            return kl_to_base(hidden_MD, source_N, head, reference, own) / divisor
+
     timeline = Timeline([model] if base is None else [model, base], trained, len(layers), side)
     hooks = [hook for index, layer in enumerate(layers) for hook in timeline.watch(layer, index)]
     step = StepContext(accumulates=True, head_cast=HeadCast())
@@ -273,12 +266,6 @@ def _passes(
         for parameter in trained:
             parameter.grad = None
     return timeline.moments()
-
-
-def _divergence(
-    base: ReferenceModel, hidden_MD: Tensor, source_N: Tensor, head: Head, sequence: PackedSequence, divisor: float
-) -> Tensor:
-    return kl_to_base(hidden_MD, source_N, head, base, sequence) / divisor
 
 
 def _mixes_outside_attention(model: Any) -> bool:
@@ -302,33 +289,18 @@ def _signature(layer: nn.Module) -> Any:
     return sizes, settings
 
 
-@dataclass(frozen=True, slots=True)
-class _Depths:
-    """short, long: two numbers of layers, a period apart, that stand for `total`; equal to it where that spares little.
-
-    side: layers at each end whose place counts from there.
+def _depths_of(signatures: list[Any]) -> tuple[int, int, int]:
+    """Two numbers of layers, a period apart, that stand for all of them (equal to that where it spares little); and how
+    many layers at each end have a place that counts from there.
     """
-
-    short: int
-    long: int
-    total: int
-    side: int
-
-    @property
-    def times(self) -> float:
-        """How often the difference is to be added to the shorter one."""
-        return (self.total - self.short) / (self.long - self.short) if self.long > self.short else 0.0
-
-    @classmethod
-    def of(cls, signatures: list[Any]) -> "_Depths":
-        total = len(signatures)
-        for period in range(1, total):
-            first = next((i for i in range(total) if signatures[i : total - period] == signatures[i + period :]), total)
-            side = max(first, 1) + period
-            short = 2 * side + (total - 2 * side) % period
-            if 2 * short + period < total:
-                return cls(short, short + period, total, side)
-        return cls(total, total, total, total)
+    total = len(signatures)
+    for period in range(1, total):
+        first = next((i for i in range(total) if signatures[i : total - period] == signatures[i + period :]), total)
+        side = max(first, 1) + period
+        short = 2 * side + (total - 2 * side) % period
+        if 2 * short + period < total:
+            return short, short + period, side
+    return total, total, total
 
 
 def _shorten(text: Any, total: int, depth: int) -> None:

@@ -11,7 +11,7 @@ states of 8 bits 8.1; a step of several sequences sums their gradients in float3
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from preceptor.model.options import Quantization
@@ -22,10 +22,8 @@ Weights = Literal["float32", "bfloat16"]
 STATES = ("weights", "gradients", "optimizer")
 BASE = "copy of the base"
 FLOAT32, HALF = 4, 2  # bytes of an element
-LOW = 2
-"""Bytes below a bfloat16 weight that `optimizer.rounding: exact` keeps."""
-BLOCK = 128
-"""Elements of a row with one scale, in states of 8 bits."""
+LOW = 2  # bytes below a bfloat16 weight that `optimizer.rounding: exact` keeps
+BLOCK = 128  # elements of a row with one scale, in states of 8 bits
 
 _RULE_BYTES = {"adamw": 0, "adamw_8bit": 37, "muon": 8, "adafactor": 4, "sgd": 4}
 _ROUNDING_BYTES = {None: 0, "nearest": 0, "stochastic": 12, "exact": 10}
@@ -68,8 +66,7 @@ def quantized_bytes(kind: Quantization, double: bool, shape: tuple[int, ...]) ->
     return -(-count // 2) + scales + FLOAT32 * (-(-scales // 256) + quantiles + 256 + 1)
 
 
-Patterns = tuple[tuple[str, ...], tuple[str, ...]]
-"""`model.freeze` and `model.train_only`."""
+Patterns = tuple[tuple[str, ...], tuple[str, ...]]  # `model.freeze` and `model.train_only`
 EVERYTHING: Patterns = ((), ())
 
 
@@ -129,9 +126,8 @@ class Moment:
 
     def continued(self, other: "Moment", times: float) -> "Moment":
         """This one and `times` the difference that `other` makes to it."""
-        numbers = ("peak_bytes", "start_bytes", "gradient_bytes", "cast_bytes")
-        changed = (round(getattr(self, n) + times * (getattr(other, n) - getattr(self, n))) for n in numbers)
-        return Moment(self.name, *changed)
+        pairs = zip(astuple(self)[1:], astuple(other)[1:], strict=True)
+        return Moment(self.name, *(round(own + times * (its - own)) for own, its in pairs))
 
 
 @dataclass(frozen=True, slots=True)

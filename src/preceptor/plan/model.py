@@ -5,10 +5,10 @@ Of a model type without a shape (shapes.py), the headers of its weight files say
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from preceptor import config
 from preceptor.errors import ModelError
@@ -67,18 +67,11 @@ def _stored_parameters(folder: Path, shape: ModelShape | None) -> int | None:
     tied = shape is not None and shape.tied
     try:
         return sum(_elements(file, tied) for file in files) if files else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except SafetensorError:
         return None
 
 
 def _elements(file: Path, tied: bool) -> int:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError(f"{file}: no safetensors file")
-        header: Mapping[str, Any] = json.loads(stream.read(size))
-    return sum(
-        math.prod(tensor["shape"])
-        for name, tensor in header.items()
-        if name != "__metadata__" and not (tied and name.endswith("lm_head.weight"))
-    )
+    with safe_open(file, framework="np") as tensors:
+        names = [name for name in tensors.keys() if not (tied and name.endswith("lm_head.weight"))]  # noqa: SIM118
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)

@@ -2,16 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preceptor.errors import ModelError
 from preceptor.model.options import PLAIN, LoraOptions
-from preceptor.plan.shapes import LayerShape, ModelShape
+from preceptor.plan.shapes import Experts, ModelShape
 
 Tensor = tuple[bool, tuple[int, ...]]
 """Whether it is a matrix or vector of a layer, and its shape; of a bias the number of elements, whatever its shape."""
+_KINDS = ("embedding", "head", "attention", "norms", "mlp", "experts", "router")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,9 @@ class LoraSpec:
     options: LoraOptions = PLAIN
 
     @property
-    def held_rank(self) -> int:
-        """Rank of what is held: first values that are kept count as well."""
-        return self.rank * (2 if self.options.keeps_first_values else 1)
-
-    def adapts_experts(self, layer: LayerShape) -> bool:
+    def adapts_experts(self) -> bool:
         """Experts that are one tensor take neither DoRA nor dropout."""
-        return layer.experts is not None and self.targets is None and not self.options.dora and not self.dropout
+        return self.targets is None and not self.options.dora and not self.dropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +104,21 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     `shape.rows` already (see `with_rows`). adapter: one that is alike in all layers. Raises ModelError for an adapter
     target that the model has not.
     """
-    base: Counter[str] = Counter({"embedding": shape.rows * shape.hidden})
-    if not shape.tied:
-        base["head"] = shape.rows * shape.hidden
-    for layer in shape.layers:
-        base += _layer_kinds(shape, layer)
-    base["norms"] += shape.hidden
+    base: Counter[str] = Counter(dict.fromkeys(_KINDS, 0))  # in this order
+    tensors: Mapping[Tensor, int] = Counter(tensor for _, tensor in _weights(shape))
+    for kind, (_, size) in _weights(shape):
+        base[kind] += math.prod(size)
     idle = sum(
-        (layer.experts.count - layer.experts.per_token) * expert_parameters(shape, layer)
-        for layer in shape.layers
-        if layer.experts is not None
+        math.prod(size) // experts.count * (experts.count - experts.per_token)
+        for experts in filter(None, shape.experts)
+        for kind, size in _layer_weights(shape, experts)
+        if kind == "experts"
     )
     trained: Mapping[str, int] = dict(base)
     base["towers"] = shape.towers
-    tensors = _tensors(shape) if adapter is None else _adapter_tensors(shape, adapter, num_new_tokens)
     if adapter is not None:
         _check_targets(shape, adapter.targets)
+        tensors = _adapter_tensors(shape, adapter, num_new_tokens)
         trained = {
             "adapter": sum(math.prod(size) * num for (in_layer, size), num in tensors.items() if in_layer),
             "token rows": num_new_tokens * shape.hidden * (1 if shape.tied else 2),
@@ -136,41 +132,53 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     )
 
 
-def _tensors(shape: ModelShape) -> Mapping[Tensor, int]:
-    """Of all of the text model."""
-    hidden, heads = shape.hidden, shape.head_dim
-    found: Counter[Tensor] = Counter({(False, (shape.rows, hidden)): 1 if shape.tied else 2, (False, (hidden,)): 1})
-    of_keys = {"each head": (heads, heads), "joint": (shape.query_width, shape.key_width), None: ()}
-    for layer in shape.layers:
-        norms = [hidden] * (4 if shape.family.norms == "both" else 2) + list(of_keys[shape.family.qk_norm])
-        vectors = [*norms, *[shape.num_heads] * shape.family.sinks]
-        linears = (*shape.attention_linears(), *shape.mlp_linears(layer))
-        vectors += [linear.outputs for linear in linears if linear.bias]
-        matrices: list[tuple[int, ...]] = [(linear.outputs, linear.inputs) for linear in linears]
-        if layer.experts is not None:
-            count, width, bias = layer.experts.count, layer.experts.width, layer.experts.bias
-            both = [(count, 2 * width, hidden), (count, hidden, width)]
-            matrices += [(count, hidden), *((a, c, b) if bias else (a, b, c) for a, b, c in both)]
-            vectors += [count, 2 * width * count, hidden * count] if bias else []
-        found.update([(True, (size,)) for size in vectors] + [(True, matrix) for matrix in matrices])
-    return found
+def _weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of the text model, with its kind."""
+    matrix = shape.rows, shape.hidden
+    yield "embedding", (False, matrix)
+    if not shape.tied:
+        yield "head", (False, matrix)
+    yield "norms", (False, (shape.hidden,))
+    for experts in shape.experts:
+        for kind, size in _layer_weights(shape, experts):
+            yield kind, (True, size)
+
+
+def _layer_weights(shape: ModelShape, experts: Experts | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, head = shape.hidden, shape.head_dim
+    of_keys = {"each head": (head, head), "joint": (shape.query_width, shape.key_width), None: ()}
+    for size in (*[hidden] * (4 if shape.family.norms == "both" else 2), *of_keys[shape.family.qk_norm]):
+        yield "norms", (size,)
+    if shape.family.sinks:
+        yield "attention", (shape.num_heads,)
+    for linear in shape.linears_of(experts):
+        yield linear.kind, (linear.outputs, linear.inputs)
+        if linear.bias:
+            yield linear.kind, (linear.outputs,)
+    if experts is not None:
+        count, width = experts.count, experts.width
+        yield "router", (count, hidden)
+        for inputs, outputs in ((hidden, 2 * width), (width, hidden)):
+            yield "experts", (count, inputs, outputs) if experts.bias else (count, outputs, inputs)
+        if experts.bias:
+            yield "router", (count,)
+            yield "experts", (2 * width * count,)
+            yield "experts", (hidden * count,)
 
 
 def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) -> Mapping[Tensor, int]:
     """A and B of each adapted matrix (Hu et al. 2021), with DoRA its lengths; experts of a layer share one of each."""
     found: Counter[Tensor] = Counter()
-    rank, hidden = adapter.held_rank, shape.hidden
-    for layer in shape.layers:
+    rank = adapter.rank * (2 if adapter.options.keeps_first_values else 1)
+    hidden = shape.hidden
+    for experts in shape.experts:
         linears = [
-            linear
-            for linear in (*shape.attention_linears(), *shape.mlp_linears(layer))
-            if adapter.targets is None or linear.name in adapter.targets
+            linear for linear in shape.linears_of(experts) if adapter.targets is None or linear.name in adapter.targets
         ]
         sides = [(rank, linear.inputs, linear.outputs) for linear in linears]
         if adapter.options.dora:
             found.update([(True, (linear.outputs,)) for linear in linears])
-        experts = layer.experts
-        if experts is not None and adapter.adapts_experts(layer):
+        if experts is not None and adapter.adapts_experts:
             all_ranks, width, rewritten = experts.count * rank, experts.width, shape.family.adapts_router
             sides += [((1 + rewritten) * all_ranks, hidden, 2 * width), (all_ranks, width, hidden)]
             sides += [(rank, hidden, experts.count)] * rewritten
@@ -179,26 +187,6 @@ def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) 
     if num_new_tokens:
         found[(False, (num_new_tokens, hidden))] += 1 if shape.tied else 2
     return found
-
-
-def expert_parameters(shape: ModelShape, layer: LayerShape) -> int:
-    """Of one expert: gate, up and down."""
-    assert layer.experts is not None
-    width = layer.experts.width
-    return 3 * shape.hidden * width + (2 * width + shape.hidden) * layer.experts.bias
-
-
-def _layer_kinds(shape: ModelShape, layer: LayerShape) -> "Counter[str]":
-    kinds = Counter(attention=sum(linear.num_parameters for linear in shape.attention_linears()))
-    kinds["attention"] += shape.num_heads * shape.family.sinks
-    of_keys = {"each head": 2 * shape.head_dim, "joint": shape.query_width + shape.key_width, None: 0}
-    kinds["norms"] = (4 if shape.family.norms == "both" else 2) * shape.hidden + of_keys[shape.family.qk_norm]
-    if layer.experts is None:
-        kinds["mlp"] = sum(linear.num_parameters for linear in shape.mlp_linears(layer))
-    else:
-        kinds["experts"] = layer.experts.count * expert_parameters(shape, layer)
-        kinds["router"] = layer.experts.count * (shape.hidden + layer.experts.bias)
-    return kinds
 
 
 def _check_targets(shape: ModelShape, targets: Sequence[str] | None) -> None:

@@ -84,7 +84,12 @@ def make_plan(
     case = make_case(run, dry_run, sample, device)
     return plan | {
         "parameters": case.parameters.to_json(),
-        "sequence": _sequence_facts(case.work, _known_largest(run, sample) is None),
+        "sequence": {
+            "num_tokens": case.work.num_tokens,
+            "num_trained": case.work.num_trained,
+            "num_conversations": len(case.work.conversations),
+            "assumed": _known_largest(run, sample) is None,
+        },
         "memory": {
             "components": dict(case.memory.components),
             "host_bytes": host_bytes(case.setup, case.parameters),
@@ -92,7 +97,7 @@ def make_plan(
             "moment": case.memory.moment,
             "fits": case.memory.peak_bytes <= device.usable_bytes,
         },
-        "ranks": None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, *ranks),
+        "ranks": None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, ranks),
         "data": _data_facts(run, sample),
         "work": _work_facts(run, case, sample, device, rate),
         "would_fit": would_fit(run, dry_run, sample),
@@ -143,13 +148,12 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
 
 def make_case(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> Case:
     """The run on this device, its largest sequence and its peak."""
-    setup = setup_of(run, sample, device)
-    return _case(dry_run, setup, _work(run, sample), _num_rows(dry_run.num_rows, sample))
+    work = Work(largest_sequence(run, sample), _policy(run))
+    return _case(dry_run, setup_of(run, sample, device), work, _num_rows(dry_run.num_rows, sample))
 
 
-def _work(run: config.Run, sample: Sample | str) -> Work:
-    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
-    return Work(largest_sequence(run, sample), policy)
+def _policy(run: config.Run) -> ActivationPolicy:
+    return ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
 
 
 def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
@@ -162,17 +166,18 @@ def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
             dry_run.reads_alone = True
     if dry_run.reads_alone:
         work = work.longest_alone()
-        moments = dry_run.step(_with_accumulation(setup, True), work.policy, work.sequence(), num_rows)
+        moments = dry_run.step(_in_passes(setup, True), work.policy, work.sequence(), num_rows)
     parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows, setup.choice)
-    memory = step_memory(_with_accumulation(setup, dry_run.reads_alone), parameters, moments)
+    memory = step_memory(_in_passes(setup, dry_run.reads_alone), parameters, moments)
     return Case(parameters, work, setup, memory)
 
 
-def _with_accumulation(setup: Setup, reads_alone: bool) -> Setup:
-    """The setup of a step: a model that reads one conversation at a time takes several passes per sequence, so that
-    gradients accumulate.
+def _in_passes(setup: Setup, reads_alone: bool, num_ranks: int = 1) -> Setup:
+    """The setup of a step with the most sequences that one of `num_ranks` processes gets.
+
+    A model that reads one conversation at a time takes several passes per sequence, so that gradients accumulate.
     """
-    return replace(setup, sequences_per_step=max(1 + reads_alone, setup.sequences_per_step))
+    return replace(setup, sequences_per_step=max(1 + reads_alone, -(-setup.sequences_per_step // num_ranks)))
 
 
 def _num_rows(rows: int, sample: Sample | str) -> int:
@@ -186,11 +191,8 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
     Without a sample, and of a stream, of which larger ones may come: one conversation that fills the sequence,
     CONTEXT_SHARE of it context.
     """
-    limit, found = run.data.max_length, _known_largest(run, sample)
-    if found is None:
-        context = int(limit * CONTEXT_SHARE)
-        return (((context, limit - context),),)
-    return found
+    context = int(run.data.max_length * CONTEXT_SHARE)
+    return _known_largest(run, sample) or (((context, run.data.max_length - context),),)
 
 
 def _known_largest(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...] | None:
@@ -224,17 +226,11 @@ def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
 
 
 def _ranks_facts(
-    run: config.Run,
-    dry_run: "DryRun",
-    case: Case,
-    sample: Sample | str,
-    device: DeviceSpec,
-    ranks_per_node: int,
-    num_nodes: int,
+    run: config.Run, dry_run: "DryRun", case: Case, sample: Sample | str, device: DeviceSpec, ranks: tuple[int, int]
 ) -> dict[str, Any]:
     """Every way to spread the model over processes, and the one that the run takes."""
-    num_ranks = ranks_per_node * num_nodes
-    setup = _with_accumulation(_setup_of_rank(case.setup, num_ranks), dry_run.reads_alone)
+    ranks_per_node, num_ranks = ranks[0], ranks[0] * ranks[1]
+    setup = _in_passes(case.setup, dry_run.reads_alone, num_ranks)
     moments = dry_run.step(setup, case.work.policy, case.work.sequence(), _num_rows(dry_run.num_rows, sample))
     usable_bytes = device.usable_bytes // (ranks_per_node if device.device_type == "cpu" else 1)
     found = list(placements(setup, case.parameters, moments, num_ranks, ranks_per_node, usable_bytes))
@@ -244,20 +240,6 @@ def _ranks_facts(
         "usable_bytes": usable_bytes,
         "ways": [asdict(each) for each in found],
         "chosen": asdict(choose(found, run.parallel.strategy)),
-    }
-
-
-def _setup_of_rank(setup: Setup, num_ranks: int) -> Setup:
-    """With the sequences of a step that a process gets at most."""
-    return replace(setup, sequences_per_step=-(-setup.sequences_per_step // num_ranks))
-
-
-def _sequence_facts(work: Work, is_assumed: bool) -> dict[str, Any]:
-    return {
-        "num_tokens": work.num_tokens,
-        "num_trained": work.num_trained,
-        "num_conversations": len(work.conversations),
-        "assumed": is_assumed,
     }
 
 
@@ -297,22 +279,15 @@ def _work_facts(
 ) -> dict[str, Any]:
     """Operations of a step by what is multiplied, beside 6 N T, and what they take at SHARE_OF_RATE of the rate."""
     sequences = case.setup.sequences_per_step
-    found = operations(case.parameters, case.work, case.setup.kl_to_base)
-    total = found.total * sequences
+    by_kind = operations(case.parameters, case.work, case.setup.kl_to_base)
+    total = sum(by_kind.values()) * sequences
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
     seconds = None if of_device is None else total / (of_device * SHARE_OF_RATE)
     steps = _data_facts(run, sample).get("num_steps")
     return {
         "operations_per_step": total,
-        "by_kind": {
-            "linear layers": found.linear * sequences,
-            "attention": found.attention * sequences,
-            "head": found.head * sequences,
-            "adapter": found.adapter * sequences,
-            "computed again": found.again * sequences,
-            "base (kl_coef)": found.base * sequences,
-        },
+        "by_kind": {kind: count * sequences for kind, count in by_kind.items()},
         "six_n_t": 6.0 * case.parameters.active * case.work.num_tokens * sequences,
         "rate": of_device,
         "rate_is_measured": rate is not None,
@@ -336,7 +311,7 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
         (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank), "adamw", None),
         (f"LoRA of rank {rank}, frozen nf4", "bfloat16", LoraSpec(rank), "adamw", "nf4"),
     )
-    work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
+    work, num_rows = Work(largest_sequence(run, sample), _policy(run)), _num_rows(dry_run.num_rows, sample)
     checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []
@@ -381,19 +356,18 @@ def place_on_ranks(
     from preceptor.model.numerics import FAILURES
     from preceptor.plan.dry_run import dry_run_of
 
-    setup = _setup_of_rank(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), num_ranks)
-    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
+    setup = replace(setup_of(run, "", device), num_new_tokens=num_new_tokens)
     try:
         dry_run = dry_run_of(run.model, run.engine)
         num_rows = rows_for(dry_run.num_rows, num_tokenizer)
         parameters = dry_run.parameters(setup.adapter, num_new_tokens, num_rows, setup.choice)
     except (ModelError, *FAILURES):  # what cannot be loaded either says so when it is loaded
         return unknown(run.parallel.strategy, num_ranks, ranks_per_node)
-    setup = _with_accumulation(setup, dry_run.reads_alone)
+    setup = _in_passes(setup, dry_run.reads_alone, num_ranks)
     moments: Sequence[Moment] = ()
     with suppress(ModelError, *FAILURES):
         if run.loss.kl_coef == 0:
-            moments = dry_run.step(setup, policy, sequence, num_rows)
+            moments = dry_run.step(setup, _policy(run), sequence, num_rows)
     usable_bytes = device.usable_bytes if moments else device.usable_bytes // 2
     found = placements(setup, parameters, moments, num_ranks, ranks_per_node, usable_bytes)
     return choose(list(found), run.parallel.strategy)
@@ -411,11 +385,10 @@ def predict_peak_bytes(
     from preceptor.plan.dry_run import dry_run_like
 
     device = DeviceSpec("the run's own", 0, None, None, device_type)
-    setup = _with_accumulation(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
-    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
+    setup = _in_passes(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
     try:
         dry_run = dry_run_like(model, run.engine)
-        moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
+        moments = dry_run.step(setup, _policy(run), sequence, dry_run.num_rows)
         parameters = dry_run.parameters(setup.adapter, num_new_tokens, dry_run.num_rows, setup.choice)
     except (ModelError, *FAILURES):  # whatever a model's code cannot do without values: no run may end for a prediction
         return None

@@ -65,10 +65,11 @@ def has_nodes(num_ranks: int, ranks_per_node: int) -> bool:
 
 def unknown(asked: str, num_ranks: int, ranks_per_node: int) -> Placement:
     """Of a model of which nothing can be said: what is asked for, else `replicate`."""
-    if asked == "shard" or (asked == "hybrid" and not has_nodes(num_ranks, ranks_per_node)):
-        return Placement("shard", num_ranks, True, None, None)
-    if asked == "hybrid":
-        return Placement("hybrid", ranks_per_node, True, None, None)
+    asked = "shard" if asked == "hybrid" and not has_nodes(num_ranks, ranks_per_node) else asked
+    parts: dict[Strategy, int] = {"hybrid": ranks_per_node, "shard": num_ranks}
+    for strategy, num_parts in parts.items():
+        if strategy == asked:
+            return Placement(strategy, num_parts, True, None, None)
     return Placement("replicate", 1, False, None, None)
 
 
@@ -106,33 +107,25 @@ def rank_peak_bytes(
 ) -> int:
     """The most bytes on one process, num_parts of which share the model (1: each has its own)."""
     states = state_bytes(setup, parameters)
-    lasting = lasting_bytes(setup, parameters) / num_parts
-    update = (states["gradients"] + update_bytes(setup, parameters)) / num_parts
-    return round(lasting + max(update, *_passes_bytes(setup, parameters, moments, num_parts, regathers)))
-
-
-def _passes_bytes(
-    setup: Setup, parameters: Parameters, moments: Sequence[Moment], num_parts: int, regathers: bool
-) -> list[float]:
-    """What lies beside weights and optimizer before the update."""
-    states = state_bytes(setup, parameters)
-    gradients = states["gradients"]
-    copied = states.get(BASE, 0)
+    gradients, copied = states["gradients"], states.get(BASE, 0)
     peaks = [moment.peak_bytes for moment in moments]
+    passes: list[float]  # what lies beside weights and optimizer before the update
     if num_parts == 1:
-        return [gradients + min(BUCKET_BYTES, gradients), *peaks]
-    if not regathers:  # whole gradients are there until the last backward pass of the step
-        return [states["weights"] + copied + max(peaks, default=gradients)]
-    outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
-    if not moments:
-        gathered = outside.weights + outside.gradients + _NEXT * layer.weights + layer.gradients
-        return [gradients / num_parts + gathered]
-    first = setup.sequences_per_step == 1
-    return [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
+        passes = [gradients + min(BUCKET_BYTES, gradients), *peaks]
+    elif not regathers:  # whole gradients are there until the last backward pass of the step
+        passes = [states["weights"] + copied + max(peaks, default=gradients)]
+    else:
+        outside, layer = _gathered_bytes(setup, parameters)
+        first = setup.sequences_per_step == 1
+        passes = [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
+        passes = passes or [gradients / num_parts + sum(outside) + _NEXT * layer[0] + layer[1]]
+    lasting = lasting_bytes(setup, parameters) / num_parts
+    update = (gradients + update_bytes(setup, parameters)) / num_parts
+    return round(lasting + max(update, *passes))
 
 
 def _gathered_by_layer(
-    moment: Moment, outside: "_GatheredBytes", layer: "_GatheredBytes", num_parts: int, first: bool
+    moment: Moment, outside: tuple[float, float], layer: tuple[float, float], num_parts: int, first: bool
 ) -> float:
     """What lies beside weights and optimizer at a moment, each layer gathered for each pass.
 
@@ -140,33 +133,19 @@ def _gathered_by_layer(
     """
     backward = moment.name == "backward pass"
     before = moment.gradient_bytes
-    whole = min(before, outside.gradients) if first else outside.gradients * (moment.name != "forward pass")
+    (outside_weights, outside_gradients), (layer_weights, layer_gradients) = outside, layer
+    whole = min(before, outside_gradients) if first else outside_gradients * (moment.name != "forward pass")
     scattered = (before - whole if first else before) / num_parts
-    layers = 0.0 if moment.name == "loss" else _NEXT * layer.weights + layer.gradients * backward
-    return moment.peak_bytes - before + whole + scattered + outside.weights + layers
+    layers = 0.0 if moment.name == "loss" else _NEXT * layer_weights + layer_gradients * backward
+    return moment.peak_bytes - before + whole + scattered + outside_weights + layers
 
 
-@dataclass(frozen=True, slots=True)
-class _GatheredBytes:
-    """Bytes of what is gathered together."""
-
-    weights: float
-    gradients: float
-
-
-def _layer_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
-    """Of the largest layer."""
-    largest = max((layer.total for layer in parameters.layers), default=0)
-    if setup.adapter is None:
-        return _GatheredBytes(setup.weight_bytes * largest, setup.weight_bytes * largest)
-    adapter = FLOAT32 * parameters.trained.get("adapter", 0) / max(1, len(parameters.layers))
-    return _GatheredBytes(setup.weight_bytes * largest + adapter, adapter)
-
-
-def _outside_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
-    """Of what is in no layer, but for towers, which no text goes through."""
+def _gathered_bytes(setup: Setup, parameters: Parameters) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Weights and gradients of what is in no layer (but towers, which no text goes through); of the largest layer."""
     outside = setup.weight_bytes * (parameters.outside - parameters.base.get("towers", 0))
+    largest = setup.weight_bytes * max((layer.total for layer in parameters.layers), default=0)
     if setup.adapter is None:
-        return _GatheredBytes(outside, outside)
+        return (outside, outside), (largest, largest)
     rows = FLOAT32 * (parameters.trained.get("token rows", 0) + parameters.trained.get("whole modules", 0))
-    return _GatheredBytes(outside + rows, rows)
+    adapter = FLOAT32 * parameters.trained.get("adapter", 0) / max(1, len(parameters.layers))
+    return (outside + rows, rows), (largest + adapter, adapter)

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import numpy as np
 from preceptor import config
 from preceptor.chat.template import BUILTIN, BuiltIn
 from preceptor.data.dataset import draw_replay, mix
-from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
+from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource, open_sources
+from preceptor.errors import CheckpointError
+from preceptor.files import read_json
 from preceptor.plan.work import TurnLengths, Work
 
 SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
@@ -44,7 +47,7 @@ class Sample:
 
     @property
     def lengths(self) -> list[int]:
-        return [sum(context + target for context, target in turns) for turns in self.conversations]
+        return [sum(map(sum, turns)) for turns in self.conversations]
 
     def fitting(self, max_length: int) -> "Sample":
         """Without the conversations that do not fit into a sequence; an epoch has fewer examples by their share."""
@@ -59,18 +62,16 @@ class Sample:
 
     def sequences(self, max_length: int) -> list[tuple[TurnLengths, ...]]:
         """The sample's conversations packed as training packs them, without those that do not fit into one."""
-        fitting = self.fitting(max_length).conversations
-        lengths = [sum(context + target for context, target in turns) for turns in fitting]
-        return [tuple(fitting[index] for index in indices) for indices in plan_sequences(lengths, max_length, seed=0)]
+        fitting = self.fitting(max_length)
+        planned = plan_sequences(fitting.lengths, max_length, seed=0)
+        return [tuple(fitting.conversations[index] for index in indices) for indices in planned]
 
     def largest_sequence(self, max_length: int) -> tuple[TurnLengths, ...] | None:
         """The one with the most tokens; of several the one with the most to train. None where nothing fits."""
 
         def size(sequence: tuple[TurnLengths, ...]) -> tuple[int, int]:
-            return (
-                sum(context + target for turns in sequence for context, target in turns),
-                sum(target for turns in sequence for _, target in turns),
-            )
+            every = [turn for turns in sequence for turn in turns]
+            return sum(map(sum, every)), sum(target for _, target in every)
 
         return max(self.sequences(max_length), key=size, default=None)
 
@@ -78,10 +79,7 @@ class Sample:
         """Sequences of an epoch, from how densely the sample packs; None where the number of examples is not known."""
         if self.num_examples is None or not self.conversations:
             return None
-        sequences = self.sequences(max_length)
-        if self.whole and self.num_examples == len(self.conversations):
-            return len(sequences)
-        return math.ceil(len(sequences) * self.num_examples / len(self.conversations))
+        return math.ceil(len(self.sequences(max_length)) * self.num_examples / len(self.conversations))
 
 
 def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
@@ -154,7 +152,7 @@ def _first(opened: OpenSource) -> tuple[list[Example | Rejection], bool]:
             return records, False
         records.append(record)
         if not isinstance(record, Rejection):
-            num_characters += sum(len(piece.text) for piece in _pieces(record, "all"))
+            num_characters += sum(len(text) for text, _, _ in _pieces(record, "all"))
     return records, True
 
 
@@ -175,20 +173,19 @@ def _examples_in(opened: OpenSource, records: Sequence[Example | Rejection], all
 
 def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> list[TurnLengths]:
     pieces = [list(_pieces(example, train_on)) for example in examples]
-    texts = [piece.text for record in pieces for piece in record]
+    texts = [text for record in pieces for text, _, _ in record]
     lengths = iter(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
-    roles = {
-        role: len(tokenizer.encode(role, add_special_tokens=False).ids) for role in {p.role for r in pieces for p in r}
-    }
+    named = {role for record in pieces for _, role, _ in record}
+    roles = {role: len(tokenizer.encode(role, add_special_tokens=False).ids) for role in named}
     found = []
     for record in pieces:
         turns: list[tuple[int, int]] = []
         context = 0
-        for piece in record:
+        for _, role, trained in record:
             length, opening, closing = next(lengths), 0, 0
-            if piece.role:
-                opening, closing = _OPENING + roles[piece.role], _CLOSING
-            if piece.trained:
+            if role:
+                opening, closing = _OPENING + roles[role], _CLOSING
+            if trained:
                 turns.append((context + opening, length + 1))
                 context = max(0, closing - 1)
             else:
@@ -198,45 +195,27 @@ def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> lis
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _SampledText:
-    """A text of an example; without a role it has no template around it."""
-
-    text: str
-    role: str
-    trained: bool
-
-
-def _pieces(example: Example, train_on: str) -> Iterator[_SampledText]:
+def _pieces(example: Example, train_on: str) -> Iterator[tuple[str, str, bool]]:
+    """Each text of an example, its role ("" without a template around it), and whether it is trained."""
     if isinstance(example, Document):
-        yield _SampledText(example.text, "", True)
+        yield example.text, "", True
     elif isinstance(example, Completion):
-        yield _SampledText(example.prompt, "", False)
-        yield _SampledText(example.completion, "", True)
+        yield example.prompt, "", False
+        yield example.completion, "", True
     else:
         trained = trainable_turns(example.messages)
         chosen = set(trained[-1:] if train_on == "last" else trained)
         if example.tools:
-            yield _SampledText(json.dumps(example.tools, ensure_ascii=False), "system", False)
+            yield json.dumps(example.tools, ensure_ascii=False), "system", False
         for index, message in enumerate(example.messages):
-            yield _SampledText(_text_of(message), message.role, index in chosen)
-
-
-def _text_of(message: Message) -> str:
-    calls = "".join(json.dumps(call, ensure_ascii=False) for call in message.tool_calls)
-    return message.reasoning_content + message.content + calls
+            calls = "".join(json.dumps(call, ensure_ascii=False) for call in message.tool_calls)
+            yield message.reasoning_content + message.content + calls, message.role, index in chosen
 
 
 def _builtin_template(template: str | None, tokenizer_file: Path) -> BuiltIn | None:
     """The built-in template that is used, which may add tokens to the vocabulary (chat/format.py)."""
-    settings = _settings(tokenizer_file.with_name("tokenizer_config.json"))
+    settings: dict[str, Any] = {}
+    with suppress(CheckpointError):  # of a broken file, which the tokenizer does not need
+        settings = read_json(tokenizer_file.with_name("tokenizer_config.json"))
     own = settings.get("chat_template") or tokenizer_file.with_name("chat_template.jinja").is_file()
     return BUILTIN.get(template or ("tokenizer" if own else "chatml"))
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

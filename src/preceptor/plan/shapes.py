@@ -91,29 +91,19 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """A linear layer, by the last part of its name, as `adapter.target_modules` has it."""
+    """A linear layer, by the last part of its name, as `adapter.target_modules` has it. kind: attention or mlp."""
 
+    kind: str
     name: str
     inputs: int
     outputs: int
     bias: bool
 
-    @property
-    def num_parameters(self) -> int:
-        return self.inputs * self.outputs + self.outputs * self.bias
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """A decoder layer; width: of its MLP."""
-
-    experts: Experts | None
-    width: int
-
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A causal language model: `rows` of embedding, hidden size, heads and layers.
+    """A causal language model: `rows` of embedding, hidden size, heads; of each layer its experts, or None where it has
+    an MLP of `width`.
 
     towers: parameters beside the text model, which see or hear and are not trained (model/towers.py).
     """
@@ -129,7 +119,8 @@ class ModelShape:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    layers: tuple[LayerShape, ...]
+    width: int
+    experts: tuple[Experts | None, ...]
     towers: int = 0
 
     @property
@@ -140,34 +131,22 @@ class ModelShape:
     def key_width(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def attention_linears(self) -> tuple[LinearShape, ...]:
-        """In the order in which a layer applies them."""
-        d, q, k, bias = self.hidden, self.query_width, self.key_width, self.qkv_bias
-        out = LinearShape("o_proj", q, d, self.o_bias)
-        if self.family.fused:
-            return (LinearShape("qkv_proj", d, q + 2 * k, bias), out)
-        return (
-            LinearShape("q_proj", d, q, bias),
-            LinearShape("k_proj", d, k, bias),
-            LinearShape("v_proj", d, k, bias),
-            out,
-        )
+    def linears_of(self, experts: Experts | None) -> list[LinearShape]:
+        """Of a decoder layer, in the order in which it applies them. The weights of experts are no linear layers."""
+        d, q, k, fused = self.hidden, self.query_width, self.key_width, self.family.fused
+        outputs = {"qkv_proj": q + 2 * k} if fused else {"q_proj": q, "k_proj": k, "v_proj": k}
+        found = [LinearShape("attention", name, d, width, self.qkv_bias) for name, width in outputs.items()]
+        found.append(LinearShape("attention", "o_proj", q, d, self.o_bias))
+        if experts is None:
+            width = self.width
+            outputs = {"gate_up_proj": 2 * width} if fused else {"gate_proj": width, "up_proj": width}
+            found += [LinearShape("mlp", name, d, width, self.mlp_bias) for name, width in outputs.items()]
+            found.append(LinearShape("mlp", "down_proj", self.width, d, self.mlp_bias))
+        return found
 
-    def mlp_linears(self, layer: LayerShape) -> tuple[LinearShape, ...]:
-        """In the order in which a layer applies them; none where it has experts, whose weights are no linear layers."""
-        if layer.experts is not None:
-            return ()
-        d, bias = self.hidden, self.mlp_bias
-        down = LinearShape("down_proj", layer.width, d, bias)
-        if self.family.fused:
-            return (LinearShape("gate_up_proj", d, 2 * layer.width, bias), down)
-        return (LinearShape("gate_proj", d, layer.width, bias), LinearShape("up_proj", d, layer.width, bias), down)
-
-    def linears(self) -> tuple[LinearShape, ...]:
+    def linears(self) -> list[LinearShape]:
         """Every linear layer of the decoder, that is all but the output head."""
-        return tuple(
-            linear for layer in self.layers for linear in (*self.attention_linears(), *self.mlp_linears(layer))
-        )
+        return [linear for experts in self.experts for linear in self.linears_of(experts)]
 
 
 def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -195,13 +174,28 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"{where}: model_type {model_type!r} is not known to the plan, which knows {known}")
     config = {**family.defaults, **config}
-    read = _Reader(config, where)
-    heads, hidden = read.number("num_attention_heads"), read.number("hidden_size")
+
+    def number(*names: str) -> int:
+        """The first of the keys that is there."""
+        for name in names:
+            if isinstance(config.get(name), int):
+                return int(config[name])
+        raise ModelError(f"{where}: has no {' or '.join(names)}, from which the model's size follows")
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
     attention_bias = bool(config.get("attention_bias", model_type == "gpt_oss"))
+    experts: list[Experts | None] = [None] * number("num_hidden_layers")
+    if family.expert_width_key is not None:
+        sparse_step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
+        count, per_token = number("num_experts", "num_local_experts"), number("num_experts_per_tok")
+        of_layer = Experts(count, per_token, number(family.expert_width_key), family.expert_bias)
+        experts = [
+            None if index in dense or (index + 1) % sparse_step != 0 else of_layer for index in range(len(experts))
+        ]
     return ModelShape(
         model_type=model_type,
         family=family,
-        rows=read.number("vocab_size"),
+        rows=number("vocab_size"),
         hidden=hidden,
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
@@ -210,29 +204,6 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
         mlp_bias=model_type in ("llama", "granite", "smollm3") and bool(config.get("mlp_bias", False)),
-        layers=tuple(_layer(read, family, index) for index in range(read.number("num_hidden_layers"))),
+        width=number("intermediate_size"),
+        experts=tuple(experts),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    config: Mapping[str, Any]
-    where: str
-
-    def number(self, *names: str) -> int:
-        """The first of the keys that is there. Raises ModelError if none is."""
-        for name in names:
-            if isinstance(self.config.get(name), int):
-                return int(self.config[name])
-        raise ModelError(f"{self.where}: has no {' or '.join(names)}, from which the model's size follows")
-
-
-def _layer(read: _Reader, family: Family, index: int) -> LayerShape:
-    width = read.number("intermediate_size")
-    experts = None
-    sparse_step = int(read.config.get("decoder_sparse_step") or 1)
-    dense = index in (read.config.get("mlp_only_layers") or ()) or (index + 1) % sparse_step != 0
-    if family.expert_width_key is not None and not dense:
-        count, per_token = read.number("num_experts", "num_local_experts"), read.number("num_experts_per_tok")
-        experts = Experts(count, per_token, read.number(family.expert_width_key), family.expert_bias)
-    return LayerShape(experts, width)

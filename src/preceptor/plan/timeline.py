@@ -1,18 +1,58 @@
-"""Bytes that live in the course of a training step, by stretch: a layer's forward or backward pass, the loss."""
+"""Bytes of the tensors that live, in the course of a step by stretch: a layer's forward or backward pass, the loss."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from preceptor.plan.live_bytes import LiveBytes
 from preceptor.plan.memory import Moment
 
 aten = torch.ops.aten
 Role = tuple[Any, ...]
 """Which stretch of a step it is, whatever the depth: a layer's place from the start or from the end, and its pass."""
+_NOTHING = Moment("", -1, 0, 0, 0)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages, each from the operation that makes it to its end.
+
+    What an operation needs for itself while it runs (the workspace of a matrix product) is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        """known: tensors that live already and count."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = self.peak_bytes = 0
+        self._sizes: dict[int, int] = {}
+        for tensor in known:
+            self.count(tensor)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self.run(operation, args, kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return out
+
+    def run(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        return operation(*args, **kwargs)
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.live_bytes -= self._sizes.pop(key)
 
 
 class Timeline(LiveBytes):
@@ -34,7 +74,8 @@ class Timeline(LiveBytes):
         self._trained, self._num_layers, self._side = trained, num_layers, side
         self._times_entered: Counter[int] = Counter()
         self._in_backward = False
-        self._stretches: list[list[Any]] = []
+        self._begun: tuple[str, Role, int | None, tuple[int, int, int]] | None = None
+        self._moments: dict[Role, Moment] = {}
         self.mark("forward pass", ("embedding",))
 
     def mark(self, name: str, role: Role, index: int | None = None) -> None:
@@ -43,15 +84,23 @@ class Timeline(LiveBytes):
         self._in_backward |= name == "backward pass"
         self.peak_bytes = self.live_bytes
         gradients = sum(p.grad.untyped_storage().nbytes() for p in self._trained if p.grad is not None)
-        self._stretches.append([name, role, index, 0, self.live_bytes, gradients, self._cast_bytes])
+        start = self.live_bytes - self._weight_bytes, gradients, sum(self._casts.values())
+        self._begun = name, role, index, start
 
     def _close(self) -> None:
-        if self._stretches:
-            self._stretches[-1][3] = self.peak_bytes
-
-    @property
-    def _cast_bytes(self) -> int:
-        return sum(self._casts.values())
+        """The stretch ends. It is kept under what it is at any depth, of equal ones the first with the highest peak."""
+        if self._begun is None:
+            return
+        name, role, index, start = self._begun
+        moment = Moment(name, self.peak_bytes - self._weight_bytes, *start)
+        places: list[Role] = [role]
+        if index is not None:
+            from_end = self._num_layers - 1 - index
+            places = [(*role, "start", index)] * (index < self._side)
+            places += [(*role, "end", from_end)] * (from_end < self._side)
+        for place in places:
+            if moment.peak_bytes > self._moments.get(place, _NOTHING).peak_bytes:
+                self._moments[place] = moment
 
     def watch(self, layer: nn.Module, index: int) -> Iterator[Any]:
         """Mark where the layer begins and ends, forward and backward."""
@@ -99,20 +148,7 @@ class Timeline(LiveBytes):
     def moments(self) -> dict[Role, Moment]:
         """Each stretch under what it is at any depth. Those of layers far from both ends lie between the others."""
         self._close()
-        found: dict[Role, Moment] = {}
-        for name, role, index, peak, start, gradients, casts in self._stretches:
-            moment = Moment(name, peak - self._weight_bytes, start - self._weight_bytes, gradients, casts)
-            if index is None:
-                places: list[Role] = [role]
-            else:
-                from_end = self._num_layers - 1 - index
-                places = [(*role, "start", index)] * (index < self._side) + [(*role, "end", from_end)] * (
-                    from_end < self._side
-                )
-            for place in places:
-                former = found.get(place)
-                found[place] = moment if former is None or moment.peak_bytes > former.peak_bytes else former
-        return found
+        return self._moments
 
 
 def _grouped_product(left: Tensor, right: Tensor, offs: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:

@@ -56,26 +56,9 @@ def _tree(turns: TurnLengths) -> Tree:
     return Tree("plan", tuple(segments))
 
 
-@dataclass(frozen=True, slots=True)
-class Operations:
-    """Operations of a sequence. again: of layers that run a second time in backward. base: of the base model's pass and
-    the divergence from it.
-    """
-
-    linear: float
-    attention: float
-    head: float
-    adapter: float
-    again: float
-    base: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.linear + self.attention + self.head + self.adapter + self.again + self.base
-
-
-def operations(parameters: Parameters, work: Work, kl_to_base: bool = False) -> Operations:
-    """Forward and backward. What the last layer spares of context-only tokens (at most 1/L) counts.
+def operations(parameters: Parameters, work: Work, kl_to_base: bool = False) -> dict[str, float]:
+    """Forward and backward, by what is multiplied. What the last layer spares of context-only tokens (at most 1/L)
+    counts.
 
     kl_to_base: `loss.kl_coef`, whose logits are computed again in backward.
     """
@@ -87,22 +70,21 @@ def operations(parameters: Parameters, work: Work, kl_to_base: bool = False) -> 
     matrices = sum(layer.matrices for layer in layers)
     weight_share = 1 if frozen else 2  # gradients of the input alone, or of input and weight
     seen_share = _share_of_bearing_pairs(work) if detached else 1.0
-    of_divergence = (
-        5 if frozen else 6
-    )  # the base's logits twice, the tuned model's, and what goes back through its head
+    of_divergence = 5 if frozen else 6  # the base's logits twice, the tuned model's, and back through its head
     attention = [4.0 * layer.query_width * _visible_pairs(layer, work) for layer in layers]
     again = sum(
         (2.0 * (layer.matrices + updates / len(layers)) * tokens + pairs) * _share_again(work, index, len(layers))
         for index, (layer, pairs) in enumerate(zip(layers, attention, strict=True))
     )
-    return Operations(
-        linear=matrices * 2.0 * (tokens + weight_share * backward_tokens),
-        attention=sum(attention) * (1 + 2 * seen_share),
-        head=2.0 * (2 if frozen else 3) * parameters.head * bearing,
-        adapter=updates * 2.0 * (tokens + 2 * backward_tokens),
-        again=again,
-        base=kl_to_base * (matrices * 2.0 * tokens + sum(attention) + 2.0 * of_divergence * parameters.head * bearing),
-    )
+    divergence = matrices * 2.0 * tokens + sum(attention) + 2.0 * of_divergence * parameters.head * bearing
+    return {
+        "linear layers": matrices * 2.0 * (tokens + weight_share * backward_tokens),
+        "attention": sum(attention) * (1 + 2 * seen_share),
+        "head": 2.0 * (2 if frozen else 3) * parameters.head * bearing,
+        "adapter": updates * 2.0 * (tokens + 2 * backward_tokens),
+        "computed again": again,
+        "base (kl_coef)": kl_to_base * divergence,
+    }
 
 
 def _share_again(work: Work, index: int, num_layers: int) -> float:

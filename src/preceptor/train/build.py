@@ -152,7 +152,7 @@ def require_room_to_read(run: config.Run, device: torch.device, num_whole: int) 
     with suppress(ModelError):  # what cannot be read says so when it is loaded
         planned = read_model(run.model)
         stored = stored_dtype(run.model.path, run.model.trust_remote_code, run.model.revision)
-        joins = planned.shape is not None and any(layer.experts is not None for layer in planned.shape.layers)
+        joins = planned.shape is not None and any(planned.shape.experts)
         if run.model.init != "random" and stored == getattr(torch, run.model.dtype) and not joins:
             return
         num = planned.num_stored if planned.shape is None else count_parameters(planned.shape).num_base
@@ -161,13 +161,12 @@ def require_room_to_read(run: config.Run, device: torch.device, num_whole: int) 
     if needed > available:
         whose = "one process" if num_whole == 1 else f"each of {num_whole} processes on this machine"
         first = "quantized" if kind is not None else "brought to the GPU"
-        helps = ["a machine with more memory"]
-        if run.model.dtype != "bfloat16":
-            helps.insert(0, "model.dtype: bfloat16")
-        if num_whole > 1:
-            helps.insert(0, "fewer processes")
-        if num_whole > 1 and kind is None:
-            helps.insert(0, "parallel.strategy: shard (one process reads for all)")
+        helps = [
+            *["parallel.strategy: shard (one process reads for all)"] * (num_whole > 1 and kind is None),
+            *["fewer processes"] * (num_whole > 1),
+            *["model.dtype: bfloat16"] * (run.model.dtype != "bfloat16"),
+            "a machine with more memory",
+        ]
         raise ModelError(
             f"{run.model.path}: {whose} reads all weights, {readable_bytes(each)} in {run.model.dtype}, before they "
             f"are {first}. That takes {readable_bytes(needed)}, and {readable_bytes(available)} of host RAM is free. "
@@ -341,8 +340,7 @@ def optimizer_of(run: config.Run, model: Any) -> torch.optim.Optimizer:
 def saved_dtype(model: config.Model) -> torch.dtype | None:
     """In which type the tuned model's weights are saved: as asked for, else as the base model's files have them."""
     if model.save_dtype is not None:
-        asked: torch.dtype = getattr(torch, model.save_dtype)
-        return asked
+        return getattr(torch, model.save_dtype)
     return stored_dtype(model.place, model.trust_remote_code, model.revision)
 
 

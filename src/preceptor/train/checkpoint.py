@@ -10,12 +10,12 @@ and renamed by the first rank when all are done, so a folder named `step-*` is a
 needs no state: it is a function of the step (data/loader.py), of a stream with the position of its window.
 """
 
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -114,7 +114,7 @@ class Checkpoints:
     about: Mapping[str, Any] = field(default_factory=dict)
     world: World = ONE
     best: int | None = None
-    _writer: "_Writer | None" = None
+    _written: Future[None] | None = None
 
     def found(self) -> list[Path]:
         """The complete ones, oldest first. Raises CheckpointError where the folder cannot be read."""
@@ -134,49 +134,48 @@ class Checkpoints:
             self._prune(self.keep, state.step)  # another one may be the best now
             return
         require_finite(state)
-        content, num_bytes, step = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer), state.step
-        position = None if state.position is None else state.position.to_json()
+        content, num_bytes = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer)
+        position = {} if state.position is None else {"position": state.position.to_json()}
+        manifest = {"run": self.run_id, "step": state.step, **position, **self.about}
         if not self.async_save:
-            self._save(content, num_bytes, step, position)
+            self._save(content, num_bytes, manifest)
             return
-        staged = BlockingAsyncStager().stage(content)
-        self._writer = _Writer(lambda: self._save(staged, num_bytes, step, position))
+        writer = ThreadPoolExecutor(1, "checkpoint writer")
+        self._written = writer.submit(self._save, BlockingAsyncStager().stage(content), num_bytes, manifest)
+        writer.shutdown(wait=False)  # the thread ends with what it writes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         """What is being written is written to its end, also where the run has failed."""
-        if self._writer is not None:
-            self._writer.join()
+        if self._written is not None:
+            self._written.exception()
 
     def check(self) -> None:
         """Raises the error of a write that has ended; does not wait for one that has not."""
-        if self._writer is not None and not self._writer.is_alive():
+        if self._written is not None and self._written.done():
             self.wait()
 
     def wait(self) -> None:
         """Wait until nothing is being written any more. Raises its error."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.join()
-            if writer.error is not None:
-                raise writer.error
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
-    def _save(self, content: Content, num_bytes: int, step: int, position: dict[str, Any] | None) -> None:
+    def _save(self, content: Content, num_bytes: int, manifest: Mapping[str, Any]) -> None:
         try:
-            self._write(content, num_bytes, step, position)
+            self._write(content, num_bytes, manifest)
         except CheckpointError as error:
             if not is_full(error) or len(self.found()) < 2:
                 raise
-            self._prune(1, step)
-            self._write(content, num_bytes, step, position)
-        self._prune(self.keep, step)
-        self.world.first(lambda: _delete(path for path in self.found() if path > self._place(step)))  # passed over
+            self._prune(1, manifest["step"])
+            self._write(content, num_bytes, manifest)
+        self._prune(self.keep, manifest["step"], passed_over=True)
 
-    def _write(self, content: Content, num_bytes: int, step: int, position: dict[str, Any] | None) -> None:
+    def _write(self, content: Content, num_bytes: int, manifest: Mapping[str, Any]) -> None:
         """Every rank its part, into a folder beside the place; then the first rank renames it."""
-        place = self._place(step)
+        place = self._place(manifest["step"])
         try:
             partial = self.world.first(lambda: prepare_partial(place, folder=True))
             self.world.together(lambda: _write_part(content, partial, place, num_bytes, self.world))
@@ -184,10 +183,11 @@ class Checkpoints:
             described = {name: about for part in parts for name, about in sorted(part.items())}
 
             def finish() -> None:
-                _require_seen(partial, described)
+                for file, about in ((partial / name, about) for name, about in described.items()):
+                    if not file.is_file() or file.stat().st_size != about["num_bytes"]:
+                        raise not_seen(file)  # by this rank
                 with writing(place, num_bytes):
-                    own = {} if position is None else {"position": position}
-                    write_manifest(partial, {"run": self.run_id, "step": step, **own, **self.about}, described)
+                    write_manifest(partial, manifest, described)
                     publish(partial, place)
 
             self.world.first(finish)
@@ -202,13 +202,17 @@ class Checkpoints:
             files = [path for path in partial.iterdir() if path.name.startswith(f"__{self.world.rank}_")]
             return describe_files(partial, sorted(files + [partial / ".metadata"] * self.world.is_first))
 
-    def _prune(self, keep: int, step: int) -> None:
-        """Delete all but the newest `keep` of those up to `step`, and the best."""
-        kept = [] if self.best is None else [self._place(self.best)]
+    def _prune(self, keep: int, step: int, passed_over: bool = False) -> None:
+        """Delete all but the newest `keep` of those up to `step`, and the best. passed_over: also all later ones."""
 
         def prune() -> None:
-            until = [path for path in self.found() if path <= self._place(step)]
-            _delete(path for path in until[:-keep] if path not in kept)
+            found = self.found()
+            until = [path for path in found if path <= self._place(step)]
+            kept = until[-keep:] + ([] if self.best is None else [self._place(self.best)])
+            for path in found:
+                if path not in kept and (passed_over or path in until):
+                    with writing(path):
+                        remove_folder(path)
 
         self.world.first(prune)
 
@@ -268,35 +272,6 @@ class Checkpoints:
         return manifest
 
 
-class _Writer(threading.Thread):
-    """A thread that writes one checkpoint, and keeps its error."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        super().__init__(name="checkpoint writer", daemon=True)
-        self._write = write
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._write()
-        except BaseException as error:
-            self.error = error
-
-
-def _require_seen(folder: Path, described: Described) -> None:
-    """Raises CheckpointError where a file that some rank has written is not there for this one."""
-    for name, about in described.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != about["num_bytes"]:
-            raise not_seen(folder / name)
-
-
-def _delete(places: Iterable[Path]) -> None:
-    for place in places:
-        with writing(place):
-            remove_folder(place)
-
-
 # What is in a checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -320,7 +295,7 @@ def _write_part(content: Content, partial: Path, place: Path, num_bytes: int, wo
 
 def _saved_tensors(place: Path, state: State) -> dict[str, Any]:
     """DCP's metadata by name. Raises CheckpointError where the checkpoint holds other parameters than are trained."""
-    with _explained(_unreadable(place)):
+    with _explained(partial(_unreadable, place)):
         saved = FileSystemReader(place).read_metadata().state_dict_metadata
         shapes = {name: getattr(tensor, "size", None) for name, tensor in saved.items() if name.startswith(_PARAMETER)}
     if shapes != {f"{_PARAMETER}{name}": p.shape for name, p in state.trained.items()}:
@@ -337,7 +312,7 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, wit
         name, _, key = full.removeprefix(_OPTIMIZER).rpartition(".")
         owners[full] = trained[name], key
         content[full] = _empty(saved[full], trained[name], state.optimizer)
-    with _explained(_unreadable(place)):
+    with _explained(partial(_unreadable, place)):
         reader = FileSystemReader(place)
         load(content, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
     if owners:
@@ -346,11 +321,8 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, wit
         state.optimizer.state[parameter][key] = content[full]
 
 
-def _unreadable(place: Path) -> Callable[[BaseException], CheckpointError]:
-    def explain(cause: BaseException) -> CheckpointError:
-        return CheckpointError(f"{place}: cannot be read: {first_line(cause)}")
-
-    return explain
+def _unreadable(place: Path, cause: BaseException) -> CheckpointError:
+    return CheckpointError(f"{place}: cannot be read: {first_line(cause)}")
 
 
 def _empty(saved: Any, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:

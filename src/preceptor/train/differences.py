@@ -55,7 +55,7 @@ def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Ch
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
         if old is _ABSENT and (new is None or new is False):
-            continue  # a key that the version did not have which wrote the file
+            continue  # of a section that was left out
         if old == new or _FREE.fullmatch(key) or (key == "train.duration" and lengthened):
             continue
         line = f"{key}: {_shown(old)} in {where}, {_shown(new)} now"
@@ -89,15 +89,19 @@ def _shown(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def content_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def content_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What the run is made from and differs from what its folder records: then it cannot go on."""
-    return [
-        *_of_model(recorded.get("model") or {}, now["model"]),
-        *_of_start(recorded.get("from_run") or {}, now.get("from_run") or {}),
-        *_of_template(recorded, now),
-        *_of_loss(recorded, now),
-        *_of_data(recorded, now),
-    ]
+    yield from _of_model(recorded.get("model") or {}, now["model"])
+    before, start = recorded.get("from_run") or {}, now.get("from_run") or {}
+    if before.get("adapter_sha256") != start.get("adapter_sha256"):  # without one its model is the base model
+        yield f"the adapter that the run starts from ({start.get('folder') or before.get('folder')}) is another one"
+    old, new = ((side.get("template") or {}).get("sha256") for side in (recorded, now))
+    if old != new:
+        yield "the chat template is another one"
+    if recorded.get("loss_sha256") != now.get("loss_sha256"):
+        yield "the function of loss.code is another one, or a value that it uses is (a default, a name from outside)"
+    if recorded.get("trees_sha256") != now["trees_sha256"]:
+        yield f"the trained tokens are others; {_why_other_tokens(recorded, now)}"
 
 
 def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -107,12 +111,6 @@ def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if changed:
         yield f"the base model's weights ({now['path']}) are others: {', '.join(changed)}"
-
-
-def _of_start(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """The adapter that is trained on; where there is none, the other run's model is the base model."""
-    if before.get("adapter_sha256") != now.get("adapter_sha256"):
-        yield f"the adapter that the run starts from ({now.get('folder') or before.get('folder')}) is another one"
 
 
 def base_differences(run: str, start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
@@ -125,37 +123,22 @@ def base_differences(run: str, start: Mapping[str, Any] | None, now: Mapping[str
     ]
 
 
-def _of_template(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    old, new = ((side.get("template") or {}).get("sha256") for side in (before, now))
-    if old != new:
-        yield "the chat template is another one"
-
-
-def _of_loss(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    if before.get("loss_sha256") != now.get("loss_sha256"):
-        yield "the function of loss.code is another one, or a value that it uses is (a default, a name from outside)"
-
-
-def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    if before.get("trees_sha256") == now["trees_sha256"]:
-        return
+def _why_other_tokens(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     uses = ("train", "replay")
     files = _changed_files(before, now, uses)
     old, new = (side.get("versions", {}) for side in (before, now))
     versions = [f"{name} {old.get(name)}, {new[name]} now" for name in new if old.get(name) != new[name]]
     if files:
-        why = f"these files are others: {', '.join(files)}"
-    elif any(f["sha256"] is None for side in (before, now) for f in side.get("data", ()) if f["use"] in uses):
-        why = (
+        return f"these files are others: {', '.join(files)}"
+    if any(f["sha256"] is None for side in (before, now) for f in side.get("data", ()) if f["use"] in uses):
+        return (
             "the data, which has no hash as a whole (a stream, pipe, URL or data set of the Hub), the tokenizer, or "
             "the date that the chat template writes is another"
             + (f"; other versions: {'; '.join(versions)}" if versions else "")
         )
-    elif versions:
-        why = f"the files are the same, but they are read by other versions: {'; '.join(versions)}"
-    else:
-        why = "the files are the same, so the tokenizer or the date that the chat template writes is another"
-    yield f"the trained tokens are others; {why}"
+    if versions:
+        return f"the files are the same, but they are read by other versions: {'; '.join(versions)}"
+    return "the files are the same, so the tokenizer or the date that the chat template writes is another"
 
 
 def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any], uses: Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """Evaluations during training: held-out loss, tasks, and answers to the same prompts each time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from preceptor.data.forest import Tree, path_ids
 from preceptor.errors import CheckpointError, counted, explaining_out_of_memory
 from preceptor.evaluate.figures import summary
 from preceptor.evaluate.generate import Sampling
-from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
+from preceptor.evaluate.held_out import label_targets, measure
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
@@ -26,6 +27,11 @@ from preceptor.train.improvement import improvement
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import base_identity, tasks_sha256
 from preceptor.world import ONE, World, package_version
+
+_NO_ROOM = (
+    "the evaluation of the held-out examples does not fit in memory: lower data.max_length, or leave the longest "
+    "examples out of data.eval"
+)
 
 
 @dataclass(frozen=True)
@@ -38,98 +44,96 @@ class SamplePrompt:
     reference: str  # the answer in the data
 
 
-@dataclass
 class Evaluations:
     """Writes `samples.jsonl` (one line per evaluation and prompt), then `eval.jsonl` (one line per evaluation).
 
     A line of eval.jsonl has `step`; with held-out examples, `loss`, its 95 % interval over the examples in
     `loss_interval`, `bits_per_byte`, `token_accuracy`, `num_trained`, and the same in `by_source`, `by_kind`, `by_turn`
     (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one,
-    drawn by the same seed at each evaluation. With `records_improvement` a line also has the losses `by_example`, and
+    drawn by the same seed at each evaluation. With `train.patience` a line also has the losses `by_example`, and
     whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also of earlier sessions: an evaluation
-    that is there is not made again. base: what is known of the base model, which is the model before the first step.
+    that is there is not made again.
     """
 
-    folder: Path
-    held_out: Sequence[LabelledTree]
-    tasks: Sequence[Task]
-    prompts: Sequence[SamplePrompt]
-    evaluated: Callable[[Any], EvaluatedModel]
-    max_length: int
-    max_new_tokens: int
-    sampling: Sampling
-    precision: str
-    enabled: bool
-    say: Callable[[str], None]
-    world: World = ONE
-    records_improvement: bool = False
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    base: "BaseFigures | None" = None
+    def __init__(
+        self, prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
+    ) -> None:
+        """alone: the model processes one conversation at a time."""
+        self._run, self._chat, self._folder, self._say, self._world = prepared.run, prepared.chat, folder, say, world
+        held_out, num_samples = prepared.held_out, prepared.run.eval.num_samples
+        conversations = [(example, tree) for example, tree in held_out if isinstance(example, Conversation)]
+        self.prompts = [first_prompt(example, tree) for example, tree in conversations[:num_samples]]
+        self.held_out, self._tasks = label_targets(held_out, prepared.chat.tokenizer), prepared.tasks
+        self._base = _base_figures(prepared, world) if prepared.tasks else None
+        self._alone, self._sampling = alone, Sampling(prepared.run.eval.temperature, prepared.run.train.seed)
+        own = read_json_lines(folder / "eval.jsonl") if world.is_first else []
+        self.lines: list[dict[str, Any]] = world.gather(own)[0]
+
+    def evaluated(self, model: Any) -> EvaluatedModel:
+        return EvaluatedModel(str(self._run.out), model, self._chat, self._alone, self._world)
 
     def evaluate(self, state: State, asked: bool = False) -> None:
         """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`.
 
         asked: also where `eval.every` says never.
         """
-        if not (self.enabled or asked) or (self.lines and self.lines[-1]["step"] == state.step):
+        if (self._run.eval.every is None and not asked) or (self.lines and self.lines[-1]["step"] == state.step):
             return
         require_finite(state)
+        precision, patience = self._run.train.precision, self._run.train.patience
+        assert precision is not None, "a run that starts has a precision"
         evaluated = self.evaluated(state.model)
         measured: dict[str, Any] = {}
-        with autocast(state.model.device, self.precision):
+        with autocast(state.model.device, precision):
             if self.held_out:
-                measured |= self._measure(state.model, evaluated.alone)
-            if self.tasks:
-                measured["tasks"] = [self._measured(evaluated, task, state.step) for task in self.tasks]
+                max_length, by_example = self._run.data.max_length, patience is not None
+                with explaining_out_of_memory(_NO_ROOM):
+                    measured |= measure(
+                        state.model, self.held_out, max_length, evaluated.alone, by_example, self._world
+                    )
+            if self._tasks:
+                measured["tasks"] = [self._measured(evaluated, task, state.step) for task in self._tasks]
             self._sample(evaluated, state.step)
         if measured:
             line = {"step": state.step, **measured}
-            if self.records_improvement:
-                line["improvement"] = improvement(self.lines, line, self.sampling.seed)
-            if self.world.is_first:
-                append_line(self.folder / "eval.jsonl", line)
+            if patience is not None:
+                line["improvement"] = improvement(self.lines, line, self._sampling.seed)
+            if self._world.is_first:
+                append_line(self._folder / "eval.jsonl", line)
             self.lines.append(line)
-            self.say(f"after {counted(state.step, 'step')}: {_shown(measured)}")
-
-    def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
-        with explaining_out_of_memory(
-            "the evaluation of the held-out examples does not fit in memory: lower data.max_length, or leave the "
-            "longest examples out of data.eval"
-        ):
-            return measure(
-                model, self.held_out, self.max_length, alone, by_example=self.records_improvement, world=self.world
-            )
+            self._say(f"after {counted(state.step, 'step')}: {_shown(measured)}")
 
     def _measured(self, evaluated: EvaluatedModel, task: Task, step: int) -> dict[str, Any]:
         """The figures of a task; of the base model those of an earlier run, where there are some."""
-        base = self.base if step == 0 else None
-        if base is None or (task.own is not None and task.own.sha256 is None):
-            return self._run_task(evaluated, task)
-        found = self.world.first(lambda: base.read(task))
-        if found is not None:
-            self.say(
-                f"{task.name}: the base model's figures are kept from an earlier run (data.cache: off measures again)"
-            )
-            return {**found, "task": task.name}
-        found = self._run_task(evaluated, task)
-        if self.world.is_first:
-            base.write(task, found)
+        kept = None
+        if step == 0 and self._base is not None and (task.own is None or task.own.sha256 is not None):
+            folder, key = self._base
+            kept = folder / f"{key_of(key, tasks_sha256([task]))}.json"
+            if found := self._world.first(partial(_kept_figures, kept)):
+                self._say(
+                    f"{task.name}: the base model's figures are kept from an earlier run (data.cache: off measures "
+                    "again)"
+                )
+                return {**found, "task": task.name}
+        results = run_task(evaluated, task, self._run.eval.max_new_tokens, batch_size=64)
+        found = summary(task, results, self._sampling.seed)
+        if kept is not None and self._world.is_first:
+            with suppress(CheckpointError, OSError):  # a cache that cannot be written costs time alone
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_json(kept, found)
         return found
-
-    def _run_task(self, evaluated: EvaluatedModel, task: Task) -> dict[str, Any]:
-        results = run_task(evaluated, task, self.max_new_tokens, batch_size=64)
-        return summary(task, results, self.sampling.seed)
 
     def _sample(self, evaluated: EvaluatedModel, step: int) -> None:
         contexts = [prompt.context for prompt in self.prompts]
         greedy, sampled = (
-            evaluated.generate(contexts, self.max_new_tokens, sampling=sampling) for sampling in (None, self.sampling)
+            evaluated.generate(contexts, self._run.eval.max_new_tokens, sampling=sampling)
+            for sampling in (None, self._sampling)
         )
-        if not self.world.is_first:
+        if not self._world.is_first:
             return
         for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
             append_line(
-                self.folder / "samples.jsonl",
+                self._folder / "samples.jsonl",
                 {
                     "step": step,
                     "source": prompt.source,
@@ -138,36 +142,23 @@ class Evaluations:
                     "stopped": answer.stopped,
                     "sampled": drawn.text,
                     "sampled_stopped": drawn.stopped,
-                    "temperature": self.sampling.temperature,
+                    "temperature": self._sampling.temperature,
                     "reference": prompt.reference,
                 },
             )
 
 
-@dataclass(frozen=True)
-class BaseFigures:
-    """The figures of the base model on tasks, kept in a folder. key: all that they depend on, besides the task."""
-
-    folder: Path
-    key: str
-
-    def read(self, task: Task) -> dict[str, Any] | None:
-        try:
-            return read_json(self._file(task)) or None
-        except CheckpointError:
-            return None
-
-    def write(self, task: Task, found: dict[str, Any]) -> None:
-        with suppress(CheckpointError, OSError):  # a cache that cannot be written costs time alone
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._file(task), found)
-
-    def _file(self, task: Task) -> Path:
-        return self.folder / f"{key_of(self.key, tasks_sha256([task]))}.json"
+def _kept_figures(file: Path) -> dict[str, Any]:
+    with suppress(CheckpointError):  # of a broken file
+        return read_json(file)
+    return {}
 
 
-def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
-    """None where nothing is cached, or the model before the first step is no base model that can be named."""
+def _base_figures(prepared: Prepared, world: World) -> tuple[Path, str] | None:
+    """Where the figures of the base model on tasks are kept, and the name of all that they depend on beside the task.
+
+    None where nothing is cached, or the model before the first step is no base model that can be named.
+    """
     run, chat = prepared.run, prepared.chat
     identity = base_identity(run.model)
     if prepared.cache is None or run.model.init == "random" or run.model.from_run is not None or identity is None:
@@ -182,34 +173,7 @@ def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
         [run.adapter is not None, on_gpu, world.size, torch.get_num_threads()],
         [torch.__version__, transformers.__version__, package_version("preceptor")],
     )
-    return BaseFigures(prepared.cache.folder / "evaluations", key)
-
-
-def build_evaluations(
-    prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
-) -> Evaluations:
-    """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
-    run, chat = prepared.run, prepared.chat
-    assert run.train.precision is not None, "a run that starts has a precision"
-    enabled = run.eval.every is not None
-    conversations = [(example, tree) for example, tree in prepared.held_out if isinstance(example, Conversation)]
-    return Evaluations(
-        folder=folder,
-        held_out=label_targets(prepared.held_out, chat.tokenizer),
-        tasks=prepared.tasks,
-        prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
-        evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone, world),
-        max_length=run.data.max_length,
-        max_new_tokens=run.eval.max_new_tokens,
-        sampling=Sampling(run.eval.temperature, run.train.seed),
-        precision=run.train.precision,
-        enabled=enabled,
-        say=say,
-        world=world,
-        records_improvement=run.train.patience is not None,
-        base=_base_figures(prepared, world) if prepared.tasks else None,
-        lines=world.gather(read_json_lines(folder / "eval.jsonl") if world.is_first else [])[0],
-    )
+    return prepared.cache.folder / "evaluations", key
 
 
 def _shown(measured: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def restored(checkpoint: Path, device: torch.device, trust_remote_code: bool) ->
     """
     folder = checkpoint.parent.parent
     record = record_of(folder)
-    run = _to_build(_run_of(folder / RUN_FILE, trust_remote_code))
+    run = _run_of(folder / RUN_FILE, trust_remote_code)
     prepared = prepare(run, date=datetime.fromisoformat(record["date"]))
     with prepared.streaming():
         model = build_model(prepared, device, first_values=False)
@@ -81,7 +81,9 @@ def restored(checkpoint: Path, device: torch.device, trust_remote_code: bool) ->
 
 
 def _run_of(file: Path, trust_remote_code: bool) -> config.Run:
-    """The run of a checkpoint. Its file does not decide whether Python code is run: who opens the checkpoint does."""
+    """The run of a checkpoint, without what is not needed to build its model: quantization, evaluation, own loss,
+    optimisations. Its file does not decide whether Python code is run: who opens the checkpoint does.
+    """
     run = config.load(file, [])
     sources = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
     named = [run.model.path, *(source.path for source in sources), *(source.code or "" for source in sources)]
@@ -92,13 +94,8 @@ def _run_of(file: Path, trust_remote_code: bool) -> config.Run:
         )
     if any(source.code for source in sources) and not trust_remote_code:
         raise ModelError(f"{file}: its data is read by Python code (`code`). Read it; then --trust-remote-code runs it")
-    model = run.model.model_copy(update={"trust_remote_code": trust_remote_code})
-    return run.model_copy(update={"model": model})
-
-
-def _to_build(run: config.Run) -> config.Run:
-    """The run without what is not needed to build its model: quantization, evaluation, own loss, optimisations."""
-    model = run.model.model_copy(update={"quantization": None, "double_quantization": None})
+    unquantized = {"quantization": None, "double_quantization": None}
+    model = run.model.model_copy(update={"trust_remote_code": trust_remote_code, **unquantized})
     evaluation = run.eval.model_copy(update={"tasks": [], "code": None})
     loss = run.loss.model_copy(update={"code": None})
     return run.model_copy(update={"model": model, "eval": evaluation, "loss": loss, "engine": "plain"})

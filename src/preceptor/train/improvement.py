@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preceptor import config
+from preceptor.errors import counted
 from preceptor.evaluate.intervals import paired_interval
 
 Evaluation = Mapping[str, Any]
@@ -30,12 +31,8 @@ def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dic
 
 def num_without_improvement(lines: Sequence[Evaluation]) -> int:
     """How many of the last evaluations did not improve."""
-    num = 0
-    for line in reversed(lines):
-        if line.get("improvement", {}).get("improves", True):
-            break
-        num += 1
-    return num
+    improves = [line.get("improvement", {}).get("improves", True) for line in reversed(lines)]
+    return [*improves, True].index(True)
 
 
 def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str, Any] | None:
@@ -48,34 +45,21 @@ def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str
 
 def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] | None:
     """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones."""
-    found: tuple[int, float] | None = None
-    lower = _is_lower_better(lines, run)
+    found: list[tuple[float, int, float]] = []
     for line in lines:
-        value = value_of(line, run)
-        if line["step"] == 0 or value is None:
-            continue
-        if found is None or (value < found[1] if lower else value > found[1]):
-            found = line["step"], value
-    return found
+        name, value = _figure(line, run)
+        if line["step"] and value is not None:
+            found.append((-value if name in _LOWER_IS_BETTER else value, line["step"], value))
+    return max(found, key=lambda each: each[0])[1:] if found else None
 
 
-def value_of(line: Evaluation, run: config.Run) -> float | None:
-    """What `checkpoint.best` names, in a line of eval.jsonl; of a task, its first figure."""
+def _figure(line: Evaluation, run: config.Run) -> tuple[str | None, float | None]:
+    """What `checkpoint.best` names in a line of eval.jsonl, and its value; of a task, its first figure."""
     best = run.checkpoint.best
     if best not in run.eval.tasks:
-        return None if best is None else line.get(best)
-    tasks = line.get("tasks", ())
-    at = run.eval.tasks.index(best)
-    return float(next(iter(tasks[at]["figures"].values()))["value"]) if at < len(tasks) else None
-
-
-def _is_lower_better(lines: Sequence[Evaluation], run: config.Run) -> bool:
-    best = run.checkpoint.best
-    if best not in run.eval.tasks:
-        return best in _LOWER_IS_BETTER
-    tasks = next((line["tasks"] for line in lines if line.get("tasks")), ())
-    at = run.eval.tasks.index(best)
-    return at < len(tasks) and next(iter(tasks[at]["figures"])) in _LOWER_IS_BETTER
+        return best, None if best is None else line.get(best)
+    task = line.get("tasks", ())[run.eval.tasks.index(best) :][:1]
+    return next(((name, figure["value"]) for own in task for name, figure in own["figures"].items()), (best, None))
 
 
 def outcome(
@@ -103,11 +87,8 @@ def outcome_lines(found: Mapping[str, Any], step: int, folder: str) -> list[str]
                 f" (difference {early['difference']:+.4f}, 95 % interval {early['low']:+.4f} to {early['high']:+.4f})"
             )
         since = "before the first step" if early["on_step"] == 0 else f"after step {early['on_step']}"
-        num = early["num_evaluations"]
-        lines.append(
-            f"stopped early after step {step}: {num} evaluation{'s' * (num != 1)} did not lower the held-out loss of "
-            f"{since}{chance}"
-        )
+        num = counted(early["num_evaluations"], "evaluation")
+        lines.append(f"stopped early after step {step}: {num} did not lower the held-out loss of {since}{chance}")
     if best := found.get("best"):
         which = f"the model is that of step {best['step']}, the best by {best['metric']} ({best['value']:.4f})"
         last = "" if best["step"] == step else f"; the last step's is in {folder}/checkpoints/step-{step:08d}"

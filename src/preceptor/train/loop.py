@@ -63,11 +63,7 @@ class Step:
 
 @dataclass
 class Loop:
-    """Trains `state` to the end of the run, a step at a time.
-
-    A step's summed loss is divided once, by its number of trained tokens (or conversations, data/dataset.py), however
-    they are spread. ends: set by `end`.
-    """
+    """Trains `state` to the end of the run, a step at a time. ends: set by `end`."""
 
     run: config.Run
     objective: Objective
@@ -166,7 +162,7 @@ class Loop:
         state.position = loader.position
         assert precision is not None
         first = FirstUpdate(state.model) if self._unmoved_unknown else None
-        settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, run.train.seed, world
+        settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, world
         try:
             taken = take_step(state, sequences, *settings)
             self._unmoved_unknown = False

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,7 @@ from preceptor.model.parts import decoder_layers, matches, require_factors_fit
 from preceptor.model.sharding import own_part
 from preceptor.plan.devices import host_memory_bytes
 from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of, weight_update_bytes
-from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit_rule, torch_rule
-
-Scheduler = Literal["cosine", "linear", "constant", "wsd"]
+from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit, torch_rule
 
 
 def build_optimizer(
@@ -36,17 +35,20 @@ def build_optimizer(
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) of float32 weights is torch's own, fused: one kernel for the
     whole update, which makes no temporaries of a parameter's size and is four times as fast on a CPU. All else goes
     weight by weight (weightwise.py). rounding: of bfloat16 weights; what is drawn at random follows from `seed`.
-    offload: keep the states in the host's memory.
+    lr_factors: by pattern; those of several patterns multiply. offload: keep the states in the host's memory. Raises
+    ModelError for a pattern that matches nothing.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     half = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
     in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()} if name == "muon" else set()
-    rates = _factors(trained, lr_factors or {})
+    patterns = lr_factors or {}
+    require_factors_fit(patterns, list(trained))
     groups: dict[Any, dict[str, Any]] = {}
     for own_name, parameter in trained.items():
         shape = () if own_name.endswith("bias") else tuple(parameter.shape)  # an expert's bias is no matrix
         rule = rule_of(name, shape, id(parameter) in in_layers)
-        decays, factor = len(shape) >= 2, rates[own_name]
+        decays = len(shape) >= 2
+        factor = math.prod(factor for pattern, factor in patterns.items() if matches(pattern, own_name))
         settings = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_factor": factor}
         groups.setdefault((not decays, factor, rule), {**settings, "rule": rule})["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups)]
@@ -54,28 +56,16 @@ def build_optimizer(
     if name == "adamw" and not half and not offload:
         return torch.optim.AdamW(ordered, lr=0.0, betas=(mean, square), fused=True)
     rules: dict[str, Rule] = {"adamw": torch_rule(torch.optim.AdamW, betas=(mean, square), fused=True)}
-    if name != "adamw":
-        rules[name] = _rule(name, betas, momentum)
+    if name == "adamw_8bit":
+        rules[name] = partial(adamw_8bit, betas=betas)
+    elif name == "muon":  # with this size of an update AdamW's rates serve (Liu et al. 2025, arXiv:2502.16982)
+        rules[name] = torch_rule(torch.optim.Muon, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    elif name == "sgd":
+        rules[name] = torch_rule(torch.optim.SGD, momentum=momentum)
+    elif name == "adafactor":
+        rules[name] = torch_rule(torch.optim.Adafactor)
     names = {parameter: own_name for own_name, parameter in trained.items()}
     return WeightwiseOptimizer(ordered, rules, names, rounding if half else None, seed, offload)
-
-
-def _rule(name: str, betas: Sequence[float], momentum: float | None) -> Rule:
-    if name == "adamw_8bit":
-        return adamw_8bit_rule(betas)
-    if name == "muon":  # with this size of an update AdamW's learning rates serve (Liu et al. 2025, arXiv:2502.16982)
-        return torch_rule(torch.optim.Muon, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-    if name == "sgd":
-        return torch_rule(torch.optim.SGD, momentum=momentum)
-    return torch_rule(torch.optim.Adafactor)
-
-
-def _factors(trained: Mapping[str, nn.Parameter], patterns: Mapping[str, float]) -> dict[str, float]:
-    """Of each parameter's learning rate; factors of several patterns multiply. Raises ModelError for a vain one."""
-    require_factors_fit(patterns, list(trained))
-    return {
-        name: math.prod(factor for pattern, factor in patterns.items() if matches(pattern, name)) for name in trained
-    }
 
 
 def optimizer_lines(optimizer: torch.optim.Optimizer) -> Iterator[str]:
@@ -127,18 +117,10 @@ def _state_bytes(optimizer: torch.optim.Optimizer, rule: str, p: Tensor, shape: 
     return optimizer_bytes(rule, shape) + LOW * math.prod(shape) * exact
 
 
-class OptimizerMemory(NamedTuple):
-    """Bytes on the device of this process: of the states, and of the largest update beside states and gradients."""
-
-    state_bytes: int = 0
-    update_bytes: int = 0
-
-
-NOTHING_RESERVED = OptimizerMemory()
-
-
-def optimizer_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
-    """What the first step will take."""
+def optimizer_memory(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes that the first step takes on the device of this process: of the states, and of the largest update beside
+    states and gradients.
+    """
     rounding = optimizer.rounding if isinstance(optimizer, WeightwiseOptimizer) else None
     offloaded, states, most = offloads(optimizer), 0, 0
     for group in optimizer.param_groups:
@@ -149,41 +131,33 @@ def optimizer_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
             narrow = half and p.grad_dtype != torch.float32
             update = weight_update_bytes(rule, shape, p.device.type, half, narrow, rounding)
             states, most = states + own * (not offloaded), max(most, update + own * offloaded)
-    return OptimizerMemory(states, most)
+    return states, most
 
 
 def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
-    """The learning rate of each step of a run, as `learning_rate_at`."""
-    peak = settings.learning_rate
-    assert peak is not None, "a resolved run has one"
-    warmup_steps = settings.warmup.steps(steps_per_epoch, total_steps)
-    decay_steps = settings.decay.steps(steps_per_epoch, total_steps) if settings.decay else 0
-    of_run = warmup_steps, peak, settings.lr_scheduler, settings.min_lr_ratio, decay_steps
-    return lambda step: learning_rate_at(step, total_steps, *of_run)
+    """The learning rate of each step of a run (0-based): linear rise to the peak over the warm-up, then the scheduler's
+    fall.
 
-
-def learning_rate_at(
-    step: int,
-    total_steps: int,
-    warmup_steps: int,
-    peak: float,
-    lr_scheduler: Scheduler,
-    min_lr_ratio: float,
-    decay_steps: int = 0,
-) -> float:
-    """Learning rate of `step` (0-based): linear rise to `peak` over the warm-up, then the scheduler's fall.
-
-    The first warm-up step already learns (peak / warmup_steps); the last step of the run has `min_lr_ratio * peak`.
-    decay_steps: of `wsd`, whose rate stays at the peak until then (Hu et al. 2024, arXiv:2404.06395).
+    The first warm-up step already learns (peak / warm-up steps); the last step of the run has `min_lr_ratio * peak`.
+    The rate of `wsd` stays at the peak until its decay begins (Hu et al. 2024, arXiv:2404.06395).
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if lr_scheduler == "constant":
-        return peak
-    begin = max(warmup_steps, total_steps - decay_steps) if lr_scheduler == "wsd" else warmup_steps
-    progress = max(0, step - begin + 1) / max(1, total_steps - begin)
-    fall = (1 + math.cos(math.pi * progress)) / 2 if lr_scheduler == "cosine" else 1 - progress
-    return peak * (min_lr_ratio + (1 - min_lr_ratio) * fall)
+    peak, lr_scheduler = settings.learning_rate, settings.lr_scheduler
+    assert peak is not None, "a resolved run has one"
+    warmup_steps = begin = settings.warmup.steps(steps_per_epoch, total_steps)
+    if lr_scheduler == "wsd":
+        decay_steps = settings.decay.steps(steps_per_epoch, total_steps) if settings.decay else 0
+        begin = max(warmup_steps, total_steps - decay_steps)
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        if lr_scheduler == "constant":
+            return peak
+        progress = max(0, step - begin + 1) / max(1, total_steps - begin)
+        fall = (1 + math.cos(math.pi * progress)) / 2 if lr_scheduler == "cosine" else 1 - progress
+        return peak * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * fall)
+
+    return rate
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,6 @@ from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.data.sources import OpenSource
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.evaluate.tasks import Task
 from preceptor.files import sha256_of, write_json, write_json_lines
@@ -91,11 +90,7 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
     return {
         "model": _model(run.model, (recorded or {}).get("model") or {}),
         "from_run": record_of_start(run),
-        "data": [
-            {"use": use, **file}
-            for use, sources in prepared.sources.items()
-            for file in _files(sources, _hashing(prepared, use))
-        ],
+        "data": [{"use": use, **file} for use in prepared.sources for file in _files(prepared, use)],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "loss_sha256": run.loss.code and load_code(run.loss.code, "loss.code").sha256,
         "trees_sha256": hashes["examples"],
@@ -116,30 +111,33 @@ def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(model, LiveModel):
         assert model.held.record is not None, "recorded when it was taken"
         return {"path": model.path, "folder": None, "revision": None, **model.held.record}
-    place = resolve_model_path(model.path)
-    config_file = find_file(place, "config.json", model.revision)
+    place, files = resolve_model_path(model.path), _model_files(model)
     found: dict[str, Any] = {"path": model.path, "folder": place if Path(place).is_dir() else None}
     found["revision"] = model.revision
-    if config_file is not None:
-        found["config_sha256"] = sha256_of(config_file)
-        weights = sorted([*config_file.parent.glob("*.safetensors"), *config_file.parent.glob("*.bin")])
+    if files:
         known = {
             (w["name"], w["num_bytes"], w.get("modified_ns")): w.get("sha256") for w in recorded.get("weights", ())
         }
-        found["weights"] = [_weights(file, known) for file in weights] if model.init == "pretrained" else []
+        found["config_sha256"] = sha256_of(files[0])
+        found["weights"] = [_weights(file, known) for file in files[1:]] if model.init == "pretrained" else []
     return found
+
+
+def _model_files(model: config.Model) -> list[Path]:
+    """config.json and the weights; none where the model has no files here."""
+    config_file = find_file(resolve_model_path(model.path), "config.json", model.revision)
+    if config_file is None:
+        return []
+    return [config_file, *sorted([*config_file.parent.glob("*.safetensors"), *config_file.parent.glob("*.bin")])]
 
 
 def base_identity(model: config.Model) -> list[Any] | None:
     """What tells a base model from others, without its weights being read; None where it has no files here."""
-    if isinstance(model, LiveModel):
+    files = [] if isinstance(model, LiveModel) else _model_files(model)
+    if not files:
         return None
-    config_file = find_file(resolve_model_path(model.path), "config.json", model.revision)
-    if config_file is None:
-        return None
-    weights = sorted([*config_file.parent.glob("*.safetensors"), *config_file.parent.glob("*.bin")])
-    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
-    return [str(config_file.parent.resolve()), sha256_of(config_file), about]
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files[1:]]
+    return [str(files[0].parent.resolve()), sha256_of(files[0]), about]
 
 
 def _weights(file: Path, known: Mapping[tuple[str, int, int], str | None]) -> dict[str, Any]:
@@ -155,23 +153,21 @@ def tasks_sha256(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
-def _hashing(prepared: Prepared, use: str) -> Callable[[Path], str | None]:
-    """What hashes the files of a use. Those of a stream are not read as a whole: its windows have hashes."""
-    if use == "train" and prepared.stream is not None:
-        return lambda _: None
-    return prepared.cache.sha256_of if prepared.cache else sha256_of
+def _files(prepared: Prepared, use: str) -> Iterator[dict[str, Any]]:
+    """The files of a use; a data set of the Hub or a pipe has none here: the one is known by id and revision.
 
-
-def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str | None]) -> Iterator[dict[str, Any]]:
-    """The files of sources; a data set of the Hub or a pipe has none here: the one is known by id and revision."""
-    for source in sources:
+    Those of a stream are not hashed, and so not read, as a whole: its windows have hashes.
+    """
+    hashed = prepared.cache.sha256_of if prepared.cache else sha256_of
+    is_stream = use == "train" and prepared.stream is not None
+    for source in prepared.sources[use]:
         if source.own is not None:
             yield {"name": source.source.code, "num_bytes": None, "sha256": source.own.sha256}
         for table in source.tables:
             files = table.files()
             for file in files:
                 name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
-                yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
+                yield {"name": name, "num_bytes": file.stat().st_size, "sha256": None if is_stream else hashed(file)}
             if not files:
                 known = table.identity(lambda _: "") if isinstance(source.source, LiveSource) else None  # of no file
                 sha256 = None if known is None else known[-1]

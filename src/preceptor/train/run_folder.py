@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -61,6 +61,10 @@ NAMES = (
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
 _NOBODYS = (LOCK, STOP_FILE, SAVE_FILE, "lost+found")  # lost+found: of an empty disk
+_TO_LENGTHEN = (
+    "\nThe rate of each step depends on the length of the run, except with `lr_scheduler: constant` and a warm-up in "
+    "steps or epochs: such a run may be lengthened"
+)
 _OF_A_RECORD = {"command", "versions", "trees_sha256"}
 
 
@@ -101,8 +105,11 @@ class RunFolder:
 
     @property
     def run_file(self) -> dict[str, Any]:
-        """The resolved run file of the run that goes on."""
-        return _run_file(self.path)
+        """The resolved run file of the run that goes on. Raises CheckpointError."""
+        try:
+            return read_run_file(self.path)[0]
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; replace the run with --replace") from None
 
     def begin(self, record: dict[str, Any], run_file: str, write: Callable[[Path], None]) -> None:
         """Make room and write what a run is made of; `write` adds the rest. Raises CheckpointError.
@@ -184,7 +191,7 @@ class RunFolder:
 
         seconds: of this session; None: those of all recorded steps.
         """
-        known = _summary(self.path)
+        known = _readable(self.path / SUMMARY)
         if known:
             return known
         steps, evaluations = (read_json_lines(self.path / name, lambda _: None) for name in LOGS[:2])
@@ -247,17 +254,20 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
     if replace:
         _require_own_files(folder, out)
         return RunFolder(folder, replaces=True)
-    changed = changed_keys(_run_file(folder), run, str(Path(out) / RUN_FILE))
+    goes_on = RunFolder(folder, record=record_of(folder))
+    changed = changed_keys(goes_on.run_file, run, str(Path(out) / RUN_FILE))
     again = "choose another `out`, or replace that run with --replace (in Python: train(replace=True))"
     if changed.weights:
+        how = _TO_LENGTHEN + longer(out) if "train.duration" in changed.keys else ""
         raise CheckpointError(
             f"{out}: holds another run, with other values of keys that change what is trained; go on with the same, "
-            f"{again}:\n" + "\n".join(f"  {line}" for line in changed.weights) + _how_to_train_longer(out, changed.keys)
+            f"{again}:\n" + "\n".join(f"  {line}" for line in changed.weights) + how
         )
     finished = (folder / SUMMARY).is_file() and (folder / REPORT).is_file()
     if finished and not changed.lengthened:
         raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {again}" + longer(out))
-    return RunFolder(folder, record=record_of(folder), lengthens=changed.lengthened)
+    goes_on.lengthens = changed.lengthened
+    return goes_on
 
 
 def longer(out: str) -> str:
@@ -267,15 +277,6 @@ def longer(out: str) -> str:
     )
 
 
-def _how_to_train_longer(out: str, keys: list[str]) -> str:
-    if "train.duration" not in keys:
-        return ""
-    kept = (
-        "\nThe rate of each step depends on the length of the run, except with `lr_scheduler: constant` and a warm-up "
-    )
-    return kept + "in steps or epochs: such a run may be lengthened" + longer(out)
-
-
 def is_run(folder: Path) -> bool:
     """Whether a run wrote this folder: its record is there, and says what only a run says."""
     return record_of(folder).keys() >= _OF_A_RECORD
@@ -283,18 +284,13 @@ def is_run(folder: Path) -> bool:
 
 def record_of(folder: Path) -> dict[str, Any]:
     """environment.json; {} where there is none that can be read."""
-    try:
-        return read_json(folder / RECORD)
-    except CheckpointError:
-        return {}
+    return _readable(folder / RECORD)
 
 
-def _run_file(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError."""
-    try:
-        return read_run_file(folder)[0]
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; replace the run with --replace") from None
+def _readable(file: Path) -> dict[str, Any]:
+    with suppress(CheckpointError):
+        return read_json(file)
+    return {}
 
 
 # What a folder may be ------------------------------------------------------------------------------------------------
@@ -333,7 +329,7 @@ def _require_own_files(folder: Path, out: str) -> None:
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir():
         foreign |= {f"checkpoints/{path.name}" for path in checkpoints.iterdir() if not CHECKPOINT.fullmatch(path.name)}
-    saved = _summary(folder).get("model_files")
+    saved = _readable(folder / SUMMARY).get("model_files")
     if saved is not None:
         foreign |= {f"model/{name}" for name in _files_in(folder / "model") if name not in saved}
     if foreign:
@@ -341,13 +337,6 @@ def _require_own_files(folder: Path, out: str) -> None:
             f"{out}: holds what no run wrote ({', '.join(sorted(foreign)[:3])}), so --replace leaves it alone; move "
             "that elsewhere, or choose another `out`"
         )
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json(folder / SUMMARY)
-    except CheckpointError:
-        return {}
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -360,11 +349,8 @@ def move_aside(folder: Path) -> None:
     A complete run in `replaced/` is kept, unless the newer one already has a checkpoint or a model.
     """
     place = folder / REPLACED
-    if is_run(place):
-        for name in ("model", "checkpoints"):
-            if (folder / name).is_dir() and any((folder / name).iterdir()):
-                shutil.rmtree(place)
-                break
+    if is_run(place) and any((folder / name).is_dir() and any((folder / name).iterdir()) for name in NAMES[:2]):
+        shutil.rmtree(place)
     kept = is_run(place)
     place.mkdir(exist_ok=True)
     for name in NAMES:  # the record comes last

@@ -23,7 +23,6 @@ from preceptor.world import ONE, World, num_cores
 
 if TYPE_CHECKING:
     from preceptor.train.loop import Step
-    from preceptor.train.prepare import Prepared
     from preceptor.train.run import Training
 
 
@@ -94,7 +93,15 @@ class Session:
             if folder.has_model:
                 self._complete(folder)
                 return
-            prepared = self._prepare(folder)
+            from preceptor.inspect.check import format_line
+
+            with self.importing():
+                from preceptor.train.prepare import prepare
+
+            num_processes = min(self.num_processes, max(1, num_cores() // self.world.local_size))
+            prepared = prepare(self.run, num_processes, folder.date, self.world)
+            for name, formats in prepared.formats.items():
+                self._say(format_line(name, formats))
             from preceptor.trackers.follower import followed
             from preceptor.train.run import Training
 
@@ -147,15 +154,3 @@ class Session:
         self._say(f"{saved}; the record is completed")
         with followed(self.run.tracker if self.world.is_first else [], folder.path, self._say, begins=False):
             self.summary = self.world.first(lambda: finish(folder, self._say))
-
-    def _prepare(self, folder: RunFolder) -> "Prepared":
-        from preceptor.inspect.check import format_line
-
-        with self.importing():
-            from preceptor.train.prepare import prepare
-
-        num_processes = min(self.num_processes, max(1, num_cores() // self.world.local_size))
-        prepared = prepare(self.run, num_processes, folder.date, self.world)
-        for name, formats in prepared.formats.items():
-            self._say(format_line(name, formats))
-        return prepared

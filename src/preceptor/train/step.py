@@ -126,20 +126,17 @@ def take_step(
     max_grad_norm: float,
     precision: str,
     objective: Objective = CROSS_ENTROPY_LOSS,
-    seed: int = 0,
     world: World = ONE,
 ) -> StepLosses:
-    """One optimizer step.
+    """One optimizer step. sequences: of several processes those of this one.
 
-    sequences: of several processes those of this one.
-    seed: of the run; with the number of the step and a sequence's tokens it determines what is drawn for that sequence.
     Raises NotFiniteError, before any weight is touched, when loss or gradient is not finite; ModelError when memory
     runs out.
     """
     divisor = world.sum(math.fsum(sequence.divisor for sequence in sequences))[0] or 1.0
     where = f"step {state.step + 1}"
     shares, router_aux = accumulate_gradients(
-        state.engine, sequences, divisor, precision, objective, f"{where}: a sequence", (seed, state.step), world
+        state.engine, sequences, divisor, precision, objective, f"{where}: a sequence", state.step, world
     )
     with explaining_out_of_memory(lambda: update_does_not_fit(where)):
         norm = clip_gradients(state.optimizer, max_grad_norm)
@@ -179,29 +176,28 @@ def accumulate_gradients(
     precision: str,
     objective: Objective,
     where: str,
-    seed: tuple[int, int] = (0, 0),
+    num_step: int = 0,
     world: World = ONE,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Forward and backward of each sequence: the loss of each over `divisor`, whose gradients join `.grad`.
-
-    Also the load-balancing loss of each over `divisor`, none where it is off.
+    """Forward and backward of each sequence: the loss of each over `divisor`, whose gradients join `.grad`; and the
+    load-balancing loss of each over `divisor`, none where it is off.
 
     The host waits for none of it: a GPU is still busy with one sequence when the next one's indices are copied.
 
-    sequences: of this process; the gradients are those of all processes, summed, or this one's part of them.
-    seed: of the run, and the step. Random numbers (dropout) are drawn again for each sequence, so that they do not
-    depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
-    `where`, when memory runs out.
+    sequences: of this process; the gradients are those of all processes, summed, or this one's part of them. num_step:
+    of steps before. Random numbers (dropout) are drawn again for each sequence, by the seed of the run, the step and
+    the sequence's tokens, so that they do not depend on the sequences before it, and no generator's state has to
+    survive. Raises ModelError, which begins with `where`, when memory runs out.
     """
     router_aux: list[Tensor] = []
-    noise = EmbeddingNoise(objective.neftune_alpha, objective.seed, seed[1]) if objective.neftune_alpha else None
+    noise = EmbeddingNoise(objective.neftune_alpha, objective.seed, num_step) if objective.neftune_alpha else None
     step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=noise, router_aux=router_aux)
     device = engine.model.device
     engine.train()
     losses = []
     passes = _in_step_with_others(engine, sequences, objective.policy, world)
     for place, (sequence, levels) in enumerate(passes):
-        torch.manual_seed(sequence_seed(*seed, sequence))
+        torch.manual_seed(sequence_seed(objective.seed, num_step, sequence))
         if engine.state.ranks is not None:
             begin_sequence(engine, is_last=place == len(passes) - 1)
         with explaining_out_of_memory(partial(does_not_fit, sequence, where)):

@@ -9,7 +9,6 @@ before its update and back after it, in the order of the device's stream, so tha
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -28,10 +27,7 @@ Rule = Callable[[Tensor, dict[str, Tensor], Mapping[str, Any], int], None]
 
 
 class WeightwiseOptimizer(torch.optim.Optimizer):
-    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters.
-
-    offload: states are kept in the host's memory.
-    """
+    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters."""
 
     def __init__(
         self,
@@ -79,20 +75,6 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         else:
             state.update(of_rule)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As saved: torch's own would turn every state into the type of its weight, codes among them."""
-        super().load_state_dict({**state_dict, "state": {}})
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if value.ndim == 0:
-                    self.state[parameter][name] = value.clone()
-                elif self.offload:
-                    self.state[parameter][name] = host_zeros(value.shape, value.dtype, parameter.device).copy_(value)
-                else:
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
-
 
 def host_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """In the host's memory, for copies from and to a device: of a GPU the host then waits for none."""
@@ -129,19 +111,6 @@ def torch_rule(optimizer_class: type[torch.optim.Optimizer], **settings: Any) ->
         optimizer.step()
         optimizer.state = defaultdict(dict)
         optimizer.param_groups = []
-
-    return update
-
-
-def adamw_8bit_rule(betas: Sequence[float], eps: float = 1e-8) -> Rule:
-    """Of matrices."""
-
-    def update(weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int) -> None:
-        if not state:
-            state.update(new_8bit_state(weight), step=torch.zeros(()))
-        state["step"] += 1
-        assert weight.grad is not None
-        update_8bit(weight, weight.grad, state, {**group, "betas": betas, "eps": eps}, key)
 
     return update
 
@@ -216,27 +185,35 @@ def parts_of(num: int, each: int) -> Iterator[slice]:
 _MEAN = (127, 12.0)  # codes beside zero, and the powers of two that they reach down from the scale
 _SQUARE = (255, 24.0)
 _UNIT = 1 / (1 << 16)
+_EPSILON = 1e-8
 
 
-def new_8bit_state(weight: Tensor) -> dict[str, Tensor]:
-    """Of a matrix. Sharded where the weight is: blocks lie in rows."""
+def _new_8bit_state(weight: Tensor) -> dict[str, Tensor]:
+    """Sharded where the weight is: blocks lie in rows."""
     num_blocks = -(-weight.shape[-1] // BLOCK)
     return {
         "exp_avg": torch.zeros_like(weight, dtype=torch.int8),
         "exp_avg_scale": torch.zeros_like(weight[..., :num_blocks], dtype=torch.float32),
         "exp_avg_sq": torch.zeros_like(weight, dtype=torch.uint8),
         "exp_avg_sq_scale": torch.zeros_like(weight[..., :num_blocks], dtype=torch.float32),
+        "step": torch.zeros(()),
     }
 
 
-def update_8bit(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int) -> None:
-    """One step of the float32 `weight`, in place; `state["step"]` counts from 1. Rows a few at a time."""
+def adamw_8bit(
+    weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int, betas: Sequence[float]
+) -> None:
+    """A rule, for matrices. Rows a few at a time."""
+    if not state:
+        state.update(_new_8bit_state(weight))
+    state["step"] += 1
+    assert weight.grad is not None
     columns = weight.shape[-1]
     weight_RK, gradient_RK, mean_RK, square_RK = (
-        own_part(each).view(-1, columns) for each in (weight, gradient, state["exp_avg"], state["exp_avg_sq"])
+        own_part(each).view(-1, columns) for each in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
     )
     mean_RB, square_RB = (own_part(state[f"{name}_scale"]).flatten(0, -2) for name in ("exp_avg", "exp_avg_sq"))
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = betas
     step, first = int(state["step"]), first_element(weight)
     size = group["lr"] / (1 - beta1**step)
     root_of_correction = (1 - beta2**step) ** 0.5
@@ -246,7 +223,7 @@ def update_8bit(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], grou
         square = decoded(square_RK[rows], square_RB[rows], *_SQUARE).mul_(beta2)
         square.addcmul_(gradient, gradient, value=1 - beta2)
         weight_RK[rows] *= 1 - group["lr"] * group["weight_decay"]
-        weight_RK[rows].addcdiv_(mean, (square.sqrt() / root_of_correction).add_(group["eps"]), value=-size)
+        weight_RK[rows].addcdiv_(mean, (square.sqrt() / root_of_correction).add_(_EPSILON), value=-size)
         bits = random_bits(key, first + rows.start * columns, mean.numel(), mean.device).view_as(mean)
         mean_RK[rows], mean_RB[rows] = encoded(mean, bits & 0xFFFF, *_MEAN)
         square_RK[rows], square_RB[rows] = encoded(square, (bits >> 16) & 0xFFFF, *_SQUARE)

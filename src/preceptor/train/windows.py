@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from preceptor.data.examples import Rejection, RejectionCounts
-from preceptor.data.loader import Loader, Position, StreamLoader, WindowFacts
+from preceptor.data.loader import WindowFacts
 from preceptor.errors import DataError, StreamError
 from preceptor.files import append_line, read_json, read_json_lines, write_json, write_json_lines
 from preceptor.train.prepare import Prepared
@@ -89,11 +89,3 @@ class WindowRecord:
         write_json(place / "data.json", {**known, **sums})
         if rejections and number:
             self._say(f"window {number}: {len(rejections):,} of {facts.window.num_examples:,} examples rejected")
-
-
-def record_windows(loader: Loader | StreamLoader, position: Position | None, record: WindowRecord) -> None:
-    """Record the windows of a stream, from a position on where a run goes on; nothing of other data."""
-    if isinstance(loader, StreamLoader):
-        loader.on_window = record
-        if position is not None:
-            loader.seek(position)
