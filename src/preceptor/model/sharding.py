@@ -219,11 +219,16 @@ def _require_shardable(model: nn.Module) -> None:
             f"{model_type(model)}: trained weights are of several types, {kinds}, which cannot be sharded together. "
             "Set model.dtype: float32, or parallel.strategy: replicate"
         )
-    if any(_shares_weights(layer, model) for layer in decoder_layers(model)):
-        raise ModelError(
-            f"{model_type(model)}: layers share weights, so they cannot be sharded layer by layer. Set "
-            "parallel.strategy: replicate"
-        )
+    of_layers: set[int] = set()
+    for layer in decoder_layers(model):
+        own = {id(parameter) for parameter in layer.parameters()}
+        shared = not of_layers.isdisjoint(own) or _shares_weights(layer, model)
+        of_layers |= own
+        if shared:
+            raise ModelError(
+                f"{model_type(model)}: layers share weights, so they cannot be sharded layer by layer. Set "
+                "parallel.strategy: replicate"
+            )
 
 
 # A step --------------------------------------------------------------------------------------------------------------
