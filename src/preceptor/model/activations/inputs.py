@@ -29,7 +29,6 @@ from preceptor.model.activations.routing import RoutedTokens, Routing, balanced_
 from preceptor.model.attention.layout import (
     ForestLayout,
     PathLengths,
-    PathMasks,
     computed_tokens,
     on_device,
     path_lengths,
@@ -214,8 +213,7 @@ class SequenceInputs:
             if weight_VD.requires_grad:
                 host["rows", number], host["row", number] = np.unique(ids_M, return_inverse=True)
         found = on_device(host, weight_VD.device)
-        masks = PathMasks(run for each in plan for run in each.runs)
-        layouts = [ForestLayout(each.runs, masks, _bounds(found, n, *lengths[n])) for n, each in enumerate(every)]
+        layouts = [ForestLayout(each.runs, _bounds(found, n, *lengths[n])) for n, each in enumerate(every)]
         routing = Routing(num_cells, found["cell"], found["path"], found["share_G"]) if balanced else None
         groups = tuple(
             TokenGroup(

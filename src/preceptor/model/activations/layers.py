@@ -125,8 +125,9 @@ class EngineLayer(nn.Module):
             }
             return found.pop(names[0]), found  # given as other layers are given it: else it is compiled again
 
-        (context_M, before), (bearing_M, after) = ((index_M, copy(layout)) for index_M, layout in (context, bearing))
+        (context_M, before), (bearing_M, after) = ((at_M, layout.for_pass()) for at_M, layout in (context, bearing))
         before.keys_only, before.recorded = True, {}
+        after.masks.scratch = forest.masks.scratch
         if before.runs:
             hidden_MD, others = cut(context_M)
             self._record_keys(hidden_MD, forest=before, **others)

@@ -9,7 +9,6 @@ Legend: T tokens of a sequence, M tokens whose hidden states are asked for, D hi
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from preceptor.errors import ModelError
 from preceptor.model.activations.inputs import SequenceInputs, SplitPart, TokenGroup
 from preceptor.model.activations.modules import EmbeddingNoise, noisy
-from preceptor.model.attention.layout import RangesSeen
+from preceptor.model.attention.layout import PathMasks, RangesSeen
 from preceptor.model.attention.runs import IMPLEMENTATION, attention_implementation, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.options import KEEP_ALL, ActivationPolicy
@@ -201,7 +200,7 @@ def decode_whole(
     known (`PathMixer`).
     """
     decoder, sequence, group, parts = decoder_of(model), inputs.sequence, inputs.groups[0], inputs.parts
-    alone, layout = sequence.alone, group.layout
+    alone, layout = sequence.alone, group.layout.for_pass()
     assert not alone or len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
     if "attention" not in state.optimisations and not alone:
         layout.dense = True
@@ -210,6 +209,7 @@ def decode_whole(
             layout.constant_T[inputs.source_N] = False
             if group.routed is not None:
                 group = replace(group, routed=replace(group.routed, constant_M=layout.constant_T))
+    group = replace(group, layout=layout)
     attention = decoder.config._attn_implementation if alone else state.attention
     this = DecoderPass(decoder, attention, group, num_checkpointed(model, policy), parts, efficient=not alone)
     return _decode(state, this, state.noise_TD)[: len(parts[1][0]) if parts else sequence.num_tokens]
@@ -227,9 +227,10 @@ def decode_phases(model: nn.Module, state: ModelState, inputs: SequenceInputs, p
     kept: Mapping[nn.Module, RangesSeen] = {}
     hidden = []
     noise_TD = None if state.noise_TD is None else pad(state.noise_TD, (0, 0, 0, 2 * inputs.num_levels))
+    masks = PathMasks(run for group in inputs.groups for run in group.layout.runs)
     casts = SharedCasts(keep_weights=len(inputs.groups) > 1 and not state.regathers)
     for group in inputs.groups:
-        bearing, layout = group.loss_bearing, copy(group.layout)
+        bearing, layout = group.loss_bearing, group.layout.for_pass(masks)
         layout.kept, layout.recorded = kept, None if group is inputs.groups[-1] else {}
         num_again = checkpointed if bearing else num_layers
         this = DecoderPass(decoder_of(model), state.attention, replace(group, layout=layout), num_again)

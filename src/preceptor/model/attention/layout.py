@@ -4,6 +4,7 @@ Legend: T tokens of a sequence, Q queries and P keys of one block.
 """
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -95,7 +96,7 @@ class PathMasks:
 
     def __init__(self, runs: Iterable[AttentionRun]) -> None:
         """runs: all that will ask, so that one mask is large enough for them."""
-        self._longest = max(path_lengths(runs)[1])
+        self._longest = max(path_lengths(runs)[1], default=0)
         self._masks: dict[object, Tensor] = {}
         self.scratch = Scratch()
 
@@ -138,12 +139,11 @@ class ForestLayout:
     def __init__(
         self,
         runs: tuple[AttentionRun, ...],
-        masks: PathMasks | None = None,
         lengths: PathLengths | None = None,
         subtree_end_T: Any = None,
         position_T: Any = None,
     ) -> None:
-        self.runs, self.masks, self.lengths = runs, masks or PathMasks(runs), lengths
+        self.runs, self.masks, self.lengths = runs, PathMasks(runs), lengths
         self.subtree_end_T, self.position_T = subtree_end_T, position_T
         self.dense = False
         self.constant_T: Tensor | None = None
@@ -151,6 +151,12 @@ class ForestLayout:
         self.kept: Mapping[nn.Module, RangesSeen] = {}
         self.recorded: dict[nn.Module, RangesSeen] | None = None
         self.keys_only = False
+
+    def for_pass(self, masks: PathMasks | None = None) -> "ForestLayout":
+        """The same, to which a pass leaves what it makes, and which goes with it. masks: shared with other passes."""
+        own = copy(self)
+        own.masks, own.made = masks or PathMasks(self.runs), {}
+        return own
 
     @classmethod
     def from_sequence(cls, sequence: PackedSequence, device: torch.device | str) -> "ForestLayout":
