@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention as flex_function
 from preceptor.data.forest import pack_trees
 from preceptor.model.attention import cuda, runs
 from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
-from preceptor.model.attention.layout import AttentionOptions, ForestLayout, PathMasks, PhaseLayout, dense_mask
+from preceptor.model.attention.layout import AttentionOptions, ForestLayout, dense_mask
 from preceptor.model.attention.runs import attend_runs
 from preceptor.model.forward import Engine
 from preceptor.model.options import ActivationPolicy
@@ -152,7 +152,7 @@ def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
     whole = attend_runs(query, key, value, layout, options)
     runs = ((5, 9, ((0, 5),)),)
     seen = {(0, 5): (key[:, :, :5], value[:, :, :5])}
-    level = PhaseLayout(runs, {}, None, PathMasks(runs))
+    level = ForestLayout(runs)
     found = attend_varlen(query[:, :, 5:9], key[:, :, 5:9], value[:, :, 5:9], level, options, seen)
     assert error(found, whole[:, :, 5:9]) < 1e-13
     assert torch.equal(seen[5, 9][0], key[:, :, 5:9]) and torch.equal(seen[5, 9][1], value[:, :, 5:9])

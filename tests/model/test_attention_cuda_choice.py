@@ -9,7 +9,7 @@ from test_attention_cuda import chains_sequence, flash, old_flash
 
 from preceptor.model.attention import cuda
 from preceptor.model.attention.cuda import attend_varlen, fast_path
-from preceptor.model.attention.layout import AttentionOptions, ForestLayout, PhaseLayout
+from preceptor.model.attention.layout import AttentionOptions, ForestLayout
 
 
 def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device="cuda"):
@@ -17,7 +17,7 @@ def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device
 
 
 CHAINS, TREES = (ForestLayout.from_sequence(sequence, "cpu") for sequence in (chains_sequence(), forest_sequence()))
-LEVEL = PhaseLayout(TREES.runs, {}, None, TREES.masks)
+LEVEL = ForestLayout(TREES.runs)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,6 @@ def test_what_the_program_has_switched_to_stays(switch):
     switch.active, switch.installed = "FA4", {"FA3": None}
     cuda._use_newest_flash(GPU)
     assert switch.active == "FA4" and not switch.asked
-
-
-def test_a_torch_without_the_switch_keeps_its_own(switch, monkeypatch):
-    monkeypatch.delattr(cuda.attention, "activate_flash_attention_impl")
-    cuda._use_newest_flash(GPU)
-    assert cuda.kernels() == {}
 
 
 def test_varlen_asks_for_it(switch, monkeypatch):

@@ -16,7 +16,7 @@ from preceptor.errors import CheckpointError, ModelError
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
-from preceptor.model.load import _honour_softcap, load_model, save_model
+from preceptor.model.load import load_model, make_ready, save_model
 from tiny import chain, tiny_model, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -61,7 +61,7 @@ def test_a_soft_cap_is_not_left_to_an_attention_without():
     for kind, chosen in (("gemma2", "eager"), ("llama", "sdpa")):
         model = tiny_model(kind)
         model.config._attn_implementation = "sdpa"
-        _honour_softcap(model)
+        make_ready(model)
         assert model.config._attn_implementation == chosen
 
 
@@ -87,10 +87,10 @@ def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
     torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
-def test_a_given_generation_config_is_written(tmp_path):
+def test_the_generation_config_is_written(tmp_path):
     model, tokenizer, _ = assistant("llama")
-    config = model.generation_config.__class__(eos_token_id=[287, 0], max_new_tokens=7)
-    save_model(model, tokenizer, tmp_path / "model", generation_config=config)
+    model.generation_config = model.generation_config.__class__(eos_token_id=[287, 0], max_new_tokens=7)
+    save_model(model, tokenizer, tmp_path / "model")
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (written["eos_token_id"], written["max_new_tokens"]) == ([287, 0], 7)
 

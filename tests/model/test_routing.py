@@ -22,7 +22,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install, remove
 from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, LossOptions
 from preceptor.model.parts import decoder_of
-from preceptor.model.routers import WatchedRouter, asked_by_config, require_routers, watch_routers
+from preceptor.model.routers import WatchedRouter, require_routers, router_aux_coef, watch_routers
 from tiny import branching, chain, tiny_model
 
 EXPERTS = {
@@ -162,12 +162,12 @@ def test_what_several_paths_share_is_trained_in_the_first_and_trailing_tokens_co
             ("context", "target", "context", "context", "target"), ids, (None, 0, 1, 1, 3), strict=True
         )
     ]
-    paths = balanced_paths(pack_trees([Tree("one", tuple(segments))]))
-    assert paths.share_G.tolist() == [1.0, 1.0]
-    members = [set(np.flatnonzero(np.isin(paths.cell_T, paths.cell[paths.path == path]))) for path in (0, 1)]
+    cell_T, _, paths = balanced_paths(pack_trees([Tree("one", tuple(segments))]))
+    assert paths["share_G"].tolist() == [1.0, 1.0]
+    members = [set(np.flatnonzero(np.isin(cell_T, paths["cell"][paths["path"] == path]))) for path in (0, 1)]
     assert members == [{0, 1, 2}, {0, 1, 2, 3, 7, 8}]
-    nothing = balanced_paths(empty_sequence())
-    assert nothing.num_cells == 0 and not len(nothing.share_G) and nothing.cell_T.tolist() == [0]
+    cell_T, num_cells, paths = balanced_paths(empty_sequence())
+    assert num_cells == 0 and not len(paths["share_G"]) and cell_T.tolist() == [0]
 
 
 @pytest.mark.parametrize("again", ["none", "all"])
@@ -257,8 +257,8 @@ def test_models_without_routers_are_refused():
 
 def test_what_a_config_asks_for():
     settings = tiny_model("mixtral", router_aux_loss_coef=0.02, num_hidden_layers=1).config
-    assert asked_by_config(settings) == 0.0
+    assert router_aux_coef(None, settings) == 0.0
     settings.output_router_logits = True
-    assert asked_by_config(settings) == 0.02
-    assert asked_by_config(tiny_model("llama", num_hidden_layers=1).config) == 0.0
+    assert router_aux_coef(None, settings) == 0.02
+    assert router_aux_coef(None, tiny_model("llama", num_hidden_layers=1).config) == 0.0
     assert CROSS_ENTROPY.router_aux_coef == 0.0

@@ -3,8 +3,8 @@
 Legend: T tokens, D hidden size, N tokens with logits, V vocabulary.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.errors import ModelError, first_line, is_out_of_memory
 from preceptor.model.activations.inputs import SequenceInputs, phases
 from preceptor.model.activations.passes import decode_phases, decode_whole
 from preceptor.model.attention.cuda import replaceable_kernels
 from preceptor.model.attention.runs import attention_implementation
-from preceptor.model.forward import Engine, gathered
+from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import output_head
 from preceptor.model.numerics import FAILURES, random_bits, random_key, require_close, rounding
 from preceptor.model.optimisations import install, probe_sequence
@@ -34,7 +34,6 @@ _MIXING = (
 )
 
 
-@gathered
 @torch.no_grad()
 def check_isolation(model: nn.Module) -> None:
     """Raises ModelError where a packed sequence does not keep its trees and branches apart, or changes anything else.
@@ -43,58 +42,54 @@ def check_isolation(model: nn.Module) -> None:
     hidden state that must not see them may move by more than rounding. Last, the other branch of document 2 must be the
     same in a sequence of its own, and document 1 what the model gives without the engine.
     """
+    # a layer that builds on the mask itself meets none here: the sparse attention of DeepSeek V3.2
+    where = f"{model_type(model)}: a layer fails on a sequence of several conversations"
+    with _failures_said(where), evaluating(model), exact_routing(model):
+        check_visibility(model)
+        _check_probes(model)
+
+
+@contextmanager
+def _failures_said(where: str, advice: str = "Use another model type.") -> Iterator[None]:
+    """Raises ModelError for a layer that does not support its inputs; not where another kernel may."""
     try:
-        with evaluating(model), exact_routing(model):
-            check_visibility(model)
-            _check_probes(model)
+        yield
     except ModelError:
         raise
     except FAILURES as error:
         if is_out_of_memory(error) or replaceable_kernels():
             raise
-        # a layer that builds on the mask itself meets none here: the sparse attention of DeepSeek V3.2
-        raise ModelError(
-            f"{model_type(model)}: a layer fails on a sequence of several conversations ({type(error).__name__}: "
-            f"{error}). Use another model type."
-        ) from error
+        raise ModelError(f"{where} ({type(error).__name__}: {error}). {advice}") from error
 
 
 def _check_probes(model: nn.Module) -> None:
-    vocab_size = output_head(model).weight_VD.shape[0]
+    """Document 1, and document 2 with two branches after its context."""
+    vocab_size, n = output_head(model).weight_VD.shape[0], _PROBE_TOKENS
     rng = np.random.default_rng(0)
-    n = _PROBE_TOKENS
     first, context, left, right, other_first, other_left = (
         tuple(rng.integers(vocab_size, size=n).tolist()) for _ in range(6)
     )
-    engine = Engine(model)
-    before_TD = engine.hidden_states(_probe(first, context, left, right))
-    document_TD = engine.hidden_states(_probe(other_first, context, left, right))
-    branch_TD = engine.hidden_states(_probe(first, context, other_left, right))
+
+    def hidden(document: tuple[int, ...] | None, *branches: tuple[int, ...]) -> Tensor:
+        one = [] if document is None else [Tree("probe:1", (Segment("target", document, None),))]
+        targets = (Segment("target", branch, 0) for branch in branches)
+        other = Tree("probe:2", (Segment("context", context, None), *targets))
+        return Engine(model).hidden_states(pack_trees([*one, other]))
+
+    before_TD = hidden(first, left, right)
     moved = f"{model_type(model)}: hidden states move"
     changes = f"{moved} when another conversation of their sequence changes"
-    require_close(document_TD[n:], before_TD[n:], changes, _MIXING)
+    require_close(hidden(other_first, left, right)[n:], before_TD[n:], changes, _MIXING)
     changes = f"{moved} when another branch of their tree changes"
-    require_close(branch_TD[3 * n :], before_TD[3 * n :], changes, _MIXING)
-    second = Tree("probe:2", (Segment("context", context, None), Segment("target", right, 0)))
-    alone_TD = engine.hidden_states(pack_trees([second]))
+    require_close(hidden(first, other_left, right)[3 * n :], before_TD[3 * n :], changes, _MIXING)
     second_TD = torch.cat([before_TD[n : 2 * n], before_TD[3 * n :]])
     differs = f"{moved} between a conversation alone and behind others: its positions are lost"
-    require_close(second_TD, alone_TD, differs)
-    ids = torch.tensor([first], device=before_TD.device)
-    decoder = decoder_of(model)
+    require_close(second_TD, hidden(None, right), differs)
+    decoder, ids = decoder_of(model), torch.tensor([first], device=before_TD.device)
     # eager is what the model's authors wrote; sdpa leaves Gemma 2's soft-cap out in transformers 5.17
     with attention_implementation(decoder, "eager"):
         own_TD = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
     require_close(before_TD[:n], own_TD, f"{moved} between the model's own attention and ours")
-
-
-def _probe(
-    first: tuple[int, ...], context: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]
-) -> PackedSequence:
-    """Document 1, and document 2 with two branches after its context."""
-    document = Tree("probe:1", (Segment("target", first, None),))
-    segments = (Segment("context", context, None), Segment("target", left, 0), Segment("target", right, 0))
-    return pack_trees([document, Tree("probe:2", segments)])
 
 
 # What each layer sees -------------------------------------------------------------------------------------------------
@@ -183,7 +178,6 @@ AttentionMaskInterface.register(_PROBE, _probe_mask)
 # One conversation at a time -------------------------------------------------------------------------------------------
 
 
-@gathered
 @torch.no_grad()
 def check_sequential(model: nn.Module) -> None:
     """Prove on random tokens that each reads the tokens before it only, by the attention that its authors wrote.
@@ -210,7 +204,6 @@ def check_sequential(model: nn.Module) -> None:
 # The output head ------------------------------------------------------------------------------------------------------
 
 
-@gathered
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
     """Prove on random tokens that the output head gives the model's own logits. Raises ModelError if it is not so."""
@@ -242,7 +235,6 @@ def check_head(model: nn.Module) -> None:
 _WITHOUT_PHASES = "Set memory.context_gradient to `full`."
 
 
-@gathered
 @torch.no_grad()
 def check_phases(model: nn.Module, policy: ActivationPolicy) -> None:
     """Raises ModelError where hidden states that a loss reads move phase by phase; nothing is proved without phases."""
@@ -250,22 +242,14 @@ def check_phases(model: nn.Module, policy: ActivationPolicy) -> None:
     if policy.context_gradient == "full" or "attention" not in state.optimisations:
         return
     sequence = probe_sequence(model)
-    try:
-        with evaluating(model):
-            inputs = SequenceInputs.of(model, sequence, phases(sequence))
-            found_MD, index_M = decode_phases(model, state, inputs, policy)
-            true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
-    except ModelError:
-        raise
-    except FAILURES as error:  # LongCat's layers have two attentions each, of which only the first leaves its keys
-        if is_out_of_memory(error) or replaceable_kernels():
-            raise
-        raise ModelError(
-            f"{model_type(model)}: a layer fails when a sequence goes through the model phase by phase "
-            f"({type(error).__name__}: {error}). {_WITHOUT_PHASES}"
-        ) from error
+    # LongCat's layers have two attentions each, of which only the first leaves its keys
+    where = f"{model_type(model)}: a layer fails when a sequence goes through the model phase by phase"
+    with _failures_said(where, _WITHOUT_PHASES), evaluating(model):
+        inputs = SequenceInputs.of(model, sequence, phases(sequence))
+        found_ND = decode_phases(model, state, inputs, policy)[inputs.source_N]
+        true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
     moved = f"{model_type(model)}: hidden states move when a sequence goes through the model phase by phase"
-    require_close(found_MD, true_TD[index_M], moved, _WITHOUT_PHASES)
+    require_close(found_ND, true_TD[sequence.source_N], moved, _WITHOUT_PHASES)
 
 
 # Compiled layers ------------------------------------------------------------------------------------------------------

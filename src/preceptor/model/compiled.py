@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from preceptor.model.parts import decoder_layers, has_experts, path_mixers
 from preceptor.model.sizes import device_type_of, is_dry_run
@@ -52,8 +53,9 @@ def adapts_experts(model: nn.Module) -> bool:
 def run_compiled(layer: Any, forward: Callable[..., Any], arguments: Any, named: dict[str, Any]) -> Any:
     """What `forward` of a layer's class gives."""
     dynamo = import_module("torch._dynamo")
-    for tensor in _of_tokens((arguments, named)):
-        dynamo.maybe_mark_dynamic(tensor, 1)
+    for each in tree_leaves((arguments, named)):
+        if isinstance(each, Tensor) and each.dim() >= 2 and len(each) == 1 and each.shape[1] > 1:  # (1, T, ...)
+            dynamo.maybe_mark_dynamic(each, 1)
     return _compiled(forward, BACKEND)(layer, *arguments, **named)
 
 
@@ -102,14 +104,3 @@ def _compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Ca
     dynamo: Any = import_module("torch._dynamo").config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_FORMS)
     return torch.compile(function, backend=backend, **settings)
-
-
-def _of_tokens(given: Any) -> list[Tensor]:
-    """Tensors that are laid out by token, (1, T, ...)."""
-    if isinstance(given, Tensor):
-        return [given] if given.dim() >= 2 and len(given) == 1 and given.shape[1] > 1 else []
-    if isinstance(given, dict):
-        given = given.values()
-    elif not isinstance(given, list | tuple):
-        return []
-    return [tensor for each in given for tensor in _of_tokens(each)]

@@ -82,35 +82,27 @@ def resize_embeddings(
     as `never_trained` finds them; they get such a row where theirs was never trained. Of a model without values (on the
     meta device) the shapes alone change.
     """
-    old_rows = model.get_input_embeddings().weight.shape[0]
+    old_rows, has_values = model.get_input_embeddings().weight.shape[0], model.device.type != "meta"
     new = {**added, **(untrained or {})}
-    if model.device.type == "meta":
-        _grow(model, tokenizer, old_rows)
-        return
     decoder = list(tokenizer.added_tokens_decoder)
     present = [id_ for id_ in (untrained or {}).values() if id_ < old_rows]
-    trained = [set(present) - _untrained_rows(table_VD, present, decoder) for table_VD in _tables(model)]
-    _grow(model, tokenizer, old_rows)
-    described = {id_: _description_ids(tokenizer, token, new, old_rows) for token, id_ in new.items()}
+    tables = _tables(model) if has_values else []
+    trained = [set(present) - _untrained_rows(table_VD, present, decoder) for table_VD in tables]
+    needed_rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    if needed_rows > old_rows:
+        model.resize_token_embeddings(rows_for(old_rows, needed_rows), mean_resizing=False)
+    if not has_values:
+        return
+    described = {}
+    for token, id_ in new.items():
+        ids = tokenizer.encode(describe(token), add_special_tokens=False)
+        described[id_] = [each for each in ids if each < old_rows and each not in new.values()]
     generator = torch.Generator().manual_seed(seed)
     for table_VD, kept in zip(_tables(model), trained, strict=True):
         _first_values(table_VD, old_rows, described, kept, generator)
     head = model.get_output_embeddings()
     if len(trained) > 1 and head.bias is not None:
         _first_values(head.bias[:, None], old_rows, described, trained[1], generator)
-
-
-def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_rows: int) -> None:
-    needed_rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    if needed_rows > old_rows:
-        model.resize_token_embeddings(rows_for(old_rows, needed_rows), mean_resizing=False)
-
-
-def _description_ids(
-    tokenizer: PreTrainedTokenizerBase, token: str, added: Mapping[str, int], old_rows: int
-) -> list[int]:
-    ids = tokenizer.encode(describe(token), add_special_tokens=False)
-    return [id_ for id_ in ids if id_ < old_rows and id_ not in added.values()]
 
 
 def describe(token: str) -> str:

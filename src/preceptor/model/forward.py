@@ -5,9 +5,7 @@ Legend: T tokens of a sequence, M tokens whose hidden states are asked for, D hi
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,6 @@ from preceptor.model.activations.inputs import SequenceInputs, phases, split_by_
 from preceptor.model.activations.modules import gradient_of, takes_gradient_in_place
 from preceptor.model.activations.passes import (
     StepContext,
-    decode_alone,
-    decode_dense,
     decode_phases,
     decode_whole,
     no_phases,
@@ -30,23 +26,12 @@ from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, L
 from preceptor.model.parts import decoder_of
 from preceptor.model.routers import watch_routers
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 Penalty = Callable[[Tensor, Tensor, Head, PackedSequence, float], Tensor]
 """(hidden_MD, source_N, head, sequence, divisor) -> what is added to the loss."""
 
 _WORTH = 8  # the last layer is spared for context-only tokens if they are at least one in so many
-
-
-def gathered(check: Callable[P, T]) -> Callable[P, T]:
-    """A function of a model that runs in `Engine.call`."""
-
-    @wraps(check)
-    def called(*arguments: P.args, **named: P.kwargs) -> T:
-        return Engine.of(arguments[0]).call(lambda: check(*arguments, **named))
-
-    return called
 
 
 class Engine(nn.Module):
@@ -113,7 +98,10 @@ class Engine(nn.Module):
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
             if inputs.routing is not None:
-                loss = _balanced(loss, inputs.routing.loss() / step.divisor, options, step)
+                aux = inputs.routing.loss() / step.divisor  # in the gradient; its value is left with the step
+                if step.router_aux is not None:
+                    step.router_aux.append(aux.detach())
+                loss = loss + options.router_aux_coef * (aux - aux.detach())
             return loss
 
     def call(self, function: Callable[[], T]) -> T:
@@ -142,7 +130,8 @@ class Engine(nn.Module):
 
     def hidden_states(self, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL) -> Tensor:
         """The last hidden state (T, D) of each token, each tree as if it were alone. No logits are computed."""
-        return self.call(lambda: self._hidden_states(sequence, policy))
+        padded = "attention" in self.state.optimisations and not sequence.alone
+        return self.call(lambda: self._whole_states(SequenceInputs.of(self.model, sequence, padded=padded), policy))
 
     def loss_hidden_states(
         self, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL, num_levels: int = 0
@@ -154,18 +143,10 @@ class Engine(nn.Module):
         """
         return self.call(lambda: self._loss_hidden_states(self._inputs(sequence, policy, num_levels), policy))
 
-    def _hidden_states(self, sequence: PackedSequence, policy: ActivationPolicy) -> Tensor:
-        padded = "attention" in self.state.optimisations and not sequence.alone
-        return self._whole_states(SequenceInputs.of(self.model, sequence, padded=padded), policy)
-
     def _whole_states(self, inputs: SequenceInputs, policy: ActivationPolicy) -> Tensor:
-        given = self.model, self.state, inputs
-        if inputs.sequence.alone:
-            return decode_alone(*given, policy)
-        self._require_rope_for(inputs.sequence, policy)
-        if "attention" not in self.state.optimisations:
-            return decode_dense(*given, policy)
-        return decode_whole(*given, replace(policy, context_gradient="full"))
+        if not inputs.sequence.alone:
+            self._require_rope_for(inputs.sequence, policy)
+        return decode_whole(self.model, self.state, inputs, policy)
 
     def _inputs(
         self, sequence: PackedSequence, policy: ActivationPolicy, num_levels: int, balanced: bool = False
@@ -186,9 +167,9 @@ class Engine(nn.Module):
         return SequenceInputs.of(self.model, sequence, balanced=balanced)
 
     def _loss_hidden_states(self, inputs: SequenceInputs, policy: ActivationPolicy) -> tuple[Tensor, Tensor]:
-        if inputs.phases:
+        if inputs.by_phases:
             self._require_rope_for(inputs.sequence, policy)
-            return decode_phases(self.model, self.state, inputs, policy)[0], inputs.source_N
+            return decode_phases(self.model, self.state, inputs, policy), inputs.source_N
         return self._whole_states(inputs, policy), inputs.source_N
 
     def _require_rope_for(self, sequence: PackedSequence, policy: ActivationPolicy) -> None:
@@ -206,11 +187,3 @@ class Engine(nn.Module):
                 f"{type(decoder).__name__} changes its rotary frequencies beyond position {limit}, for all "
                 f"conversations of a pass at once. Set data.max_length to at most {limit}."
             )
-
-
-def _balanced(loss: Tensor, aux: Tensor, options: LossOptions, step: StepContext) -> Tensor:
-    """The loss with the gradient of loss and load-balancing loss; the value of the latter is left with the step."""
-    if step.router_aux is not None:
-        step.router_aux.append(aux.detach())
-    weighted = options.router_aux_coef * aux
-    return loss + (weighted - weighted.detach())

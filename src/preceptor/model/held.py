@@ -139,17 +139,10 @@ def content_of(model: PreTrainedModel) -> dict[str, Any]:
     settings = copy.deepcopy(model.config.to_dict())
     for name in ("_name_or_path", "transformers_version", "_attn_implementation"):
         settings.pop(name, None)
-    weights, num_bytes = _weights_sha256(model)
     spelled = json.dumps(settings, sort_keys=True, default=str).encode()
-    about = {"name": "held in memory", "num_bytes": num_bytes, "modified_ns": None, "sha256": weights}
-    return {"config_sha256": hashlib.sha256(spelled).hexdigest(), "weights": [about]}
-
-
-def _weights_sha256(model: nn.Module) -> tuple[str, int]:
-    """Of every parameter and saved buffer by name, a tied one once; and their bytes."""
     found, seen, num_bytes = hashlib.sha256(), set(), 0
-    state: Mapping[str, torch.Tensor] = model.state_dict()
-    for name, tensor in sorted(state.items()):
+    state: Mapping[str, torch.Tensor] = model.state_dict()  # every parameter and saved buffer
+    for name, tensor in sorted(state.items()):  # a tied one once
         place = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and place in seen:
             continue
@@ -158,11 +151,13 @@ def _weights_sha256(model: nn.Module) -> tuple[str, int]:
         held = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(held.view(torch.uint8).numpy().data)
         num_bytes += tensor.numel() * tensor.element_size()
-    return found.hexdigest(), num_bytes
+    about = {"name": "held in memory", "num_bytes": num_bytes, "modified_ns": None, "sha256": found.hexdigest()}
+    return {"config_sha256": hashlib.sha256(spelled).hexdigest(), "weights": [about]}
 
 
 def _require_trainable(model: Any) -> None:
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in _modules(model)):
+    modules = [*model.modules()] if isinstance(model, nn.Module) else []
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in modules):
         raise ConfigError(
             "model: carries an adapter already. Give the base model, and `adapter={...}` for a new one; or merge the "
             "adapter first: model = model.merge_and_unload()"
@@ -183,15 +178,11 @@ def _require_trainable(model: Any) -> None:
             f"model: its weights are {str(model.dtype).removeprefix('torch.')}; load it with dtype=torch.float32 or "
             "torch.bfloat16"
         )
-    if any(getattr(module, "gradient_checkpointing", False) for module in _modules(model)):
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
         raise ConfigError(
             "model: gradient checkpointing is on; call model.gradient_checkpointing_disable() and set "
             "memory={'activation_checkpointing': 'all'}"
         )
-
-
-def _modules(model: Any) -> Any:
-    return model.modules() if isinstance(model, nn.Module) else ()
 
 
 def _align(tokenizer: Any, trained: Any) -> None:

@@ -6,18 +6,17 @@ float32; the result has the tuned model's types, files, configuration and tokeni
 (new tokens) have no counterpart in the base and are kept as they are.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
 from preceptor.hub import fetch_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}  # where the base saved one table for both ends
 
@@ -52,12 +51,6 @@ def _folder(path: str | Path) -> Path:
 
 def _places(folder: Path) -> dict[str, Path]:
     """Which file of the folder holds each tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    from safetensors import safe_open
-
     places = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -66,9 +59,6 @@ def _places(folder: Path) -> dict[str, Path]:
 
 
 def _merge_file(file: Path, places: Mapping[str, Path], weight: float, destination: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     with safe_open(file, framework="pt") as tensors:
         metadata = tensors.metadata()
         merged = {
@@ -78,9 +68,7 @@ def _merge_file(file: Path, places: Mapping[str, Path], weight: float, destinati
     save_file(merged, destination, metadata=metadata)
 
 
-def _base_tensor(name: str, places: Mapping[str, Path]) -> "Tensor":
-    from safetensors import safe_open
-
+def _base_tensor(name: str, places: Mapping[str, Path]) -> Tensor:
     held = name if name in places else _TIED.get(name, name)
     if held not in places:
         raise ModelError(
@@ -92,7 +80,7 @@ def _base_tensor(name: str, places: Mapping[str, Path]) -> "Tensor":
     return tensor
 
 
-def _average(name: str, base: "Tensor", tuned: "Tensor", weight: float) -> "Tensor":
+def _average(name: str, base: Tensor, tuned: Tensor, weight: float) -> Tensor:
     if not tuned.is_floating_point():
         return tuned
     if base.shape[1:] != tuned.shape[1:] or len(base) > len(tuned):

@@ -10,8 +10,8 @@ Legend: T tokens of a sequence, M of them with a hidden state at hand, D hidden 
 N trained tokens of a sequence, C of one chunk.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,17 +59,12 @@ class ReferenceModel:
             copied = sharded_copy(model) if sharded else deepcopy(model).requires_grad_(False).eval()
         return cls(copied, True, num_tokens, tuple(untrained))
 
-    @contextmanager
-    def _in_force(self) -> Iterator[None]:
-        adapter_off = nullcontext() if self.is_copy else self.model.disable_adapter()  # type: ignore[operator]
-        with evaluating(self.model), adapter_off:
-            yield
-
     @torch.no_grad()
     def read(self, sequence: PackedSequence) -> tuple[Tensor, Head]:
         """Its hidden states (T, D) of a sequence, and its head. The head of a sharded copy stays gathered."""
         engine = Engine.of(self.model)
-        with self._in_force():
+        adapter_off = nullcontext() if self.is_copy else self.model.disable_adapter()  # type: ignore[operator]
+        with evaluating(self.model), adapter_off:
             if self.is_copy and is_sharded(engine):
                 return engine.enter(lambda: (engine.hidden_states(sequence), output_head(self.model)))
             return engine.hidden_states(sequence), output_head(self.model)

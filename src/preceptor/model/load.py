@@ -1,10 +1,24 @@
-"""Loading and saving of Hugging Face causal language models. torch is imported in the functions, not at the top."""
+"""Loading and saving of Hugging Face causal language models."""
 
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto import modeling_auto as auto
 
 from preceptor.console import without_bars
 from preceptor.errors import CheckpointError, ModelError, explaining_out_of_memory, is_out_of_memory
@@ -19,12 +33,10 @@ from preceptor.hub import (
     require_reachable,
     resolve_model_path,
 )
+from preceptor.model.adapters.folder import merge_folder, write_beside_adapter
+from preceptor.model.quantization import quantized_layers
+from preceptor.model.weights import merged_skeleton, ranks_of, write_adapter, write_weights, writing_tensors
 from preceptor.world import World
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What a model that sees or hears has beside its tokenizer; written where it is saved, as it was found.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -34,27 +46,22 @@ _DECODING_MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_genera
 @without_bars()
 def load_model(
     path: str | Path,
-    dtype: "str | torch.dtype",
-    device: "str | torch.device",
+    dtype: str | torch.dtype,
+    device: str | torch.device,
     init: Literal["pretrained", "random"] = "pretrained",
     seed: int = 0,
     trust_remote_code: bool = False,
     revision: str | None = None,
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """A causal LM in evaluation mode, its weights in `dtype` on `device`. An adapter comes merged into its base.
 
     init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`. device:
     `meta` gives the same model without values, and reads none.
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
     """
-    import torch
-    from transformers import AutoConfig
-
     place = resolve_model_path(path, adapters=True)
     base = adapter_base(place)
     if base is not None:
-        from preceptor.model.adapters.folder import merge_folder
-
         code, revision = trust_remote_code, base_revision(place)
         return merge_folder(load_model(base, dtype, device, trust_remote_code=code, revision=revision), Path(place))
     require_reachable(place, revision)
@@ -69,7 +76,8 @@ def load_model(
             with torch.random.fork_rng(devices=[]), torch.device("meta") if empty else nullcontext():
                 torch.manual_seed(seed)
                 model = model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            _read_generation_config(model, place, revision)
+            with suppress(OSError):  # the folder has none: what transformers derived from the model's config stands
+                model.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
         else:
             model, report = model_class.from_pretrained(
                 place, config=config, dtype=dtype, output_loading_info=True, device_map=where, **source
@@ -88,7 +96,7 @@ def load_model(
         return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def does_not_fit(path: str | Path, dtype: "str | torch.dtype") -> str:
+def does_not_fit(path: str | Path, dtype: str | torch.dtype) -> str:
     """That a model does not, with the keys that help."""
     return (
         f"{path}: the model's weights, in {str(dtype).removeprefix('torch.')}, do not fit in memory. Use bfloat16 "
@@ -96,15 +104,12 @@ def does_not_fit(path: str | Path, dtype: "str | torch.dtype") -> str:
     )
 
 
-def auto_class(place: str, config: "PretrainedConfig") -> Any:
+def auto_class(place: str, config: PretrainedConfig) -> Any:
     """The transformers class that loads this checkpoint as its authors wrote it.
 
     One with vision or audio towers is loaded whole, so that it can be saved whole; `freeze_towers` (parts.py) leaves
     them untrained. Raises ModelError for what is no causal language model.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto import modeling_auto as auto
-
     named = set(config.architectures or ())
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
@@ -131,45 +136,23 @@ def _require_all_weights(place: str, report: dict[str, object]) -> None:
         )
 
 
-def _read_generation_config(model: "PreTrainedModel", place: str, revision: str | None) -> None:
-    from transformers import GenerationConfig
+def make_ready(model: PreTrainedModel) -> None:
+    """What a loaded model lacks to be trained and saved as it is.
 
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
-    except OSError:
-        return  # the folder has none: what transformers derived from the model's config stands
-
-
-def make_ready(model: "PreTrainedModel") -> None:
-    """What a loaded model lacks to be trained and saved as it is."""
-    _tell_ties(model)
-    _honour_softcap(model)
-
-
-def _tell_ties(model: "PreTrainedModel") -> None:
-    """Let the config say whether head and embedding are one table: a checkpoint may hold two against its config."""
-    head = model.get_output_embeddings()
-    if head is None:
-        return
-    tied = head.weight is model.get_input_embeddings().weight
-    for config in (model.config, model.config.get_text_config(decoder=True)):
-        config.tie_word_embeddings = tied
-
-
-def _honour_softcap(model: "PreTrainedModel") -> None:
-    """Torch's attention has no soft-cap; transformers 5.17 calls it all the same, and answers without (Gemma 2)."""
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+    The config says whether head and embedding are one table: a checkpoint may hold two against its config. And a
+    soft-cap is honoured: torch's attention has none; transformers 5.17 calls it all the same, and answers without
+    (Gemma 2).
+    """
+    text = model.config.get_text_config(decoder=True)
+    if (head := model.get_output_embeddings()) is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = text.tie_word_embeddings = tied
+    if getattr(text, "attn_logit_softcapping", None) is not None and text._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
 
 
-def stored_dtype(
-    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
-) -> "torch.dtype | None":
+def stored_dtype(path: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> torch.dtype | None:
     """The type of a checkpoint's weights, as its config says; None where it does not."""
-    import torch
-    from transformers import AutoConfig
-
     place = resolve_model_path(path)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
@@ -179,45 +162,36 @@ def stored_dtype(
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
-def unusable_settings(generation: "GenerationConfig") -> dict[str, Any]:
+def unusable_settings(generation: GenerationConfig) -> dict[str, Any]:
     """The decoding settings that transformers refuses to save, such as a temperature where nothing is sampled."""
     given = generation.to_diff_dict()
     modes = {name: given[name] for name in _DECODING_MODES if name in given}
-    alone = {
-        name: {**modes, name: value} for name, value in given.items() if name not in (*modes, "transformers_version")
-    }
-    return {name: given[name] for name, settings in alone.items() if not _is_savable(settings)}
-
-
-def _is_savable(settings: dict[str, Any]) -> bool:
-    from transformers import GenerationConfig
-
-    try:
-        GenerationConfig(**settings).validate(strict=True)
-    except ValueError:
-        return False
-    return True
+    found = {}
+    for name, value in given.items():
+        if name not in (*modes, "transformers_version"):
+            try:
+                GenerationConfig(**modes, **{name: value}).validate(strict=True)
+            except ValueError:
+                found[name] = value
+    return found
 
 
 @without_bars()
 def save_model(
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     path: str | Path,
-    generation_config: "GenerationConfig | None" = None,
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
     adapter: Literal["both", "merged", "adapter"] = "both",
 ) -> None:
     """Write a complete Hugging Face folder: config, weights, generation config, tokenizer with its chat templates.
 
     With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself with
-    the tokenizer in its subfolder `adapter`; or one of the two alone, by `adapter`. generation_config: instead of the
-    model's own; `unusable_settings` are left out. dtype: the type in which weights are written; None: that in which
-    they are held. All or nothing: the files are written to a folder beside `path`, made durable, and renamed. Raises
-    CheckpointError if `path` exists or cannot be written.
+    the tokenizer in its subfolder `adapter`; or one of the two alone, by `adapter`. `unusable_settings` are left out.
+    dtype: the type in which weights are written; None: that in which they are held. All or nothing: the files are
+    written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists or cannot be
+    written.
     """
-    from preceptor.model.weights import ranks_of
-
     path, world = Path(path), ranks_of(model)
     if any(world.gather(path.exists())):
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
@@ -226,15 +200,13 @@ def save_model(
     def write() -> None:
         with ExitStack() as stack:
             folder = world.first(lambda: stack.enter_context(replacing(path, num_bytes)))
-            _write(model, tokenizer, folder, generation_config, dtype, adapter, world)
+            _write(model, tokenizer, folder, dtype, adapter, world)
 
     world.together(write)
 
 
-def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
+def saved_bytes(model: nn.Module, adapter: str = "both") -> int:
     """What `save_model` writes, about."""
-    from preceptor.model.quantization import quantized_layers
-
     weights = [p for p in model.parameters() if adapter != "adapter" or p.requires_grad]
     layers = quantized_layers(model) if adapter != "adapter" else ()
     unquantized = sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers)
@@ -242,22 +214,18 @@ def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
 
 
 def _write(
-    model: "nn.Module",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    generation_config: "GenerationConfig | None",
-    dtype: "torch.dtype | None",
+    dtype: torch.dtype | None,
     adapter: str,
     world: World,
 ) -> None:
     """The files of a model; the model itself stays as it is, for another try."""
-    from peft import PeftModel
-
-    from preceptor.model.adapters.folder import write_beside_adapter
-    from preceptor.model.weights import merged_skeleton, write_adapter, write_weights, writing_tensors
-
     full = merged_skeleton(model)
-    full.generation_config = _usable(generation_config or full.generation_config)
+    assert full.generation_config is not None
+    for name in unusable_settings(full.generation_config):
+        setattr(full.generation_config, name, None)
     held, dtype = full.dtype, dtype or full.dtype
 
     def by_first(write: Callable[[], object]) -> None:
@@ -287,15 +255,7 @@ def _write(
         by_first(lambda: full.config.save_pretrained(folder))
 
 
-def _usable(generation_config: "GenerationConfig | None") -> "GenerationConfig":
-    """Without the settings that transformers refuses to save."""
-    assert generation_config is not None
-    for name in unusable_settings(generation_config):
-        setattr(generation_config, name, None)
-    return generation_config
-
-
-def _processor_files(model: "PreTrainedModel") -> list[Path]:
+def _processor_files(model: PreTrainedModel) -> list[Path]:
     """Those of the checkpoint that the model was read from: beside its config.json, or in the Hub's cache."""
     place, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)
     found = (find_file(place, name, commit) for name in _PROCESSOR_FILES if place)

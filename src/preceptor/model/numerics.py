@@ -17,8 +17,6 @@ from torch import Tensor
 from preceptor.errors import ModelError
 from preceptor.model.sizes import device_type_of, is_dry_run
 
-_SINCE = "2.10"  # of torch: earlier ones take no float32 matrix to add to
-
 
 def float32_product(left: Tensor, right: Tensor) -> Tensor:
     """left right."""
@@ -30,8 +28,7 @@ def float32_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def stays_wide(place: Tensor, factor: Tensor) -> bool:
-    half = factor.dtype in (torch.float16, torch.bfloat16)
-    return half and device_type_of(place.device) == "cuda" and torch.__version__ >= _SINCE
+    return factor.dtype in (torch.float16, torch.bfloat16) and device_type_of(place.device) == "cuda"
 
 
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)

@@ -10,7 +10,7 @@ generation and saving meet the model as its authors wrote it. Within decoder lay
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -46,15 +46,12 @@ class Optimisation:
     """find: the modules of a model that it changes, with the settings of each; a module is tried before it is one.
 
     mixin: the class whose `forward` comes before a module's own; None: the engine itself asks for the name.
-    check: whether it gives the same result on this model, once it is installed; None: `find` has tried it.
     within: in which of two modes it changes layers; None: it is outside of them, and on in both.
     """
 
     name: str
-    purpose: str
     mixin: type[nn.Module] | None = None
     find: Callable[[nn.Module], dict[nn.Module, Any]] = lambda model: {}
-    check: Callable[[nn.Module, ModelState], bool] | None = None
     within: Literal["compiled", "efficient"] | None = None
 
     def install(self, model: nn.Module, state: ModelState) -> None:
@@ -65,8 +62,7 @@ class Optimisation:
                 return
             for module, settings in found.items():
                 adopt(module, self.mixin, state, settings)
-        if self.check is None or self.check(model, state):
-            state.optimisations.add(self.name)
+        state.optimisations.add(self.name)
 
     def remove(self, model: nn.Module, state: ModelState) -> None:
         state.optimisations.discard(self.name)
@@ -95,12 +91,12 @@ def install(model: nn.Module, mode: Mode = "auto", check: bool = True) -> ModelS
             state.not_compiled = why_not(model, device_of(model))
             mode = "compiled" if state.not_compiled is None else "efficient"
         for optimisation in OPTIMISATIONS if mode != "plain" else ():
-            if optimisation.within not in (None, mode):
-                continue
-            if check or optimisation.check is None:
+            if optimisation.within in (None, mode):
                 optimisation.install(model, state)
-            else:
-                state.optimisations.add(optimisation.name)
+        if check and state.optimisations:
+            state.optimisations.discard("last_layer")  # until it is tried
+            if last_layer_is_exact(model, state):
+                state.optimisations.add("last_layer")
     return state
 
 
@@ -128,19 +124,12 @@ def remove(model: nn.Module) -> None:
             release(layer, EngineLayer)
 
 
-def _mixers(model: nn.Module) -> dict[nn.Module, Any]:
-    return dict.fromkeys(path_mixers(model))
-
-
 def _norms(model: nn.Module) -> dict[nn.Module, Any]:
-    tried: dict[Any, Any] = {}
-    forms = {module: norm_form(module, tried) for module in decoder_of(model).modules()}
-    return {module: form for module, form in forms.items() if form is not None}
+    return {module: form for module in decoder_of(model).modules() if (form := norm_form(module)) is not None}
 
 
 def _gated_units(model: nn.Module) -> dict[nn.Module, Any]:
-    found = {module: glu_activation(module) for module in decoder_of(model).modules()}
-    return {module: activation for module, activation in found.items() if activation is not None}
+    return {module: pair for module in decoder_of(model).modules() if (pair := glu_activation(module)) is not None}
 
 
 def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
@@ -197,19 +186,17 @@ def probe_sequence(model: nn.Module) -> PackedSequence:
     return pack_trees([Tree("probe:1", tuple(chain)), Tree("probe:2", tuple(tree))])
 
 
-def _in(way: Literal["compiled", "efficient"], name: str, purpose: str, *given: Any) -> Optimisation:
-    return replace(Optimisation(name, purpose, *given), within=way)
-
-
 OPTIMISATIONS = (
-    Optimisation("attention", "attention run by run, or by fused kernels, without a dense mask"),
-    Optimisation("mixers", "layers that carry a state from token to token, run by run", PathMixer, _mixers),
-    _in("compiled", "compile", "decoder layers and loss compiled by torch.compile"),
-    _in("efficient", "norms", "norms that keep their input alone", EfficientNorm, _norms),
-    _in("efficient", "glu", "gated linear units that do not keep the gate's activation", EfficientGLU, _gated_units),
-    _in("efficient", "linear", "half-precision copies shared by linear layers", SharedCastLinear, _linear_layers),
-    _in("efficient", "adapters", "adapters that read their layer's input without a copy", UncastAdapter, _adapters),
-    Optimisation("embedding_gradient", "the embedding's gradient in place", AccumulatingEmbedding, _embedding),
-    Optimisation("head_gradient", "the head's gradient in place, its half-precision copy once a step"),
-    Optimisation("last_layer", "the last layer for loss-bearing tokens only", check=last_layer_is_exact),
+    Optimisation("attention"),  # run by run, or by fused kernels, without a dense mask
+    Optimisation(
+        "mixers", PathMixer, lambda model: dict.fromkeys(path_mixers(model))
+    ),  # layers that carry a state from token to token, run by run
+    Optimisation("compile", within="compiled"),  # decoder layers and loss, by torch.compile
+    Optimisation("norms", EfficientNorm, _norms, within="efficient"),  # which keep their input alone
+    Optimisation("glu", EfficientGLU, _gated_units, within="efficient"),  # which do not keep the gate's activation
+    Optimisation("linear", SharedCastLinear, _linear_layers, within="efficient"),  # layers share half-precision copies
+    Optimisation("adapters", UncastAdapter, _adapters, within="efficient"),  # which read their layer's own input
+    Optimisation("embedding_gradient", AccumulatingEmbedding, _embedding),  # in place
+    Optimisation("head_gradient"),  # in place; the head's half-precision copy once a step
+    Optimisation("last_layer"),  # for loss-bearing tokens only
 )

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -98,26 +98,21 @@ def exact_routing(model: nn.Module) -> Iterator[None]:
     """
     held = [*model.parameters(), *model.buffers()] if has_experts(model) else []
     held = [tensor for tensor in held if not isinstance(tensor, DTensor)]
-    converted: list[tuple[torch.Tensor, torch.dtype]] = []
-    try:
-        for tensor in held:
-            if tensor.dtype in (torch.bfloat16, torch.float16):
-                dtype, tensor.data = tensor.dtype, tensor.data.float()
-                converted.append((tensor, dtype))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        _restore(converted)
-        converted = []
-    try:
+    with ExitStack() as restoring:
+        try:
+            for tensor in held:
+                if tensor.dtype in (torch.bfloat16, torch.float16):
+                    dtype, tensor.data = tensor.dtype, tensor.data.float()
+                    restoring.callback(_restore, tensor, dtype)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            restoring.close()
         yield
-    finally:
-        _restore(converted)
 
 
-def _restore(converted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
-    for tensor, dtype in converted:
-        tensor.data = tensor.data.to(dtype)
+def _restore(tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    tensor.data = tensor.data.to(dtype)
 
 
 def has_dropout(model: nn.Module) -> bool:

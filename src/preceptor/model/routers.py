@@ -26,12 +26,6 @@ _OTHER_OUTPUTS = {
 }
 
 
-def asked_by_config(settings: Any) -> float:
-    """The coefficient with which a transformers config asks for the load-balancing loss; 0 where it does not."""
-    text = settings.get_text_config(decoder=True)
-    return named_by_config(settings) if getattr(text, "output_router_logits", False) else 0.0
-
-
 def named_by_config(settings: Any) -> float:
     """The coefficient in a transformers config, asked for or not; 0 where there is none."""
     text = settings.get_text_config(decoder=True)
@@ -41,8 +35,11 @@ def named_by_config(settings: Any) -> float:
 
 
 def router_aux_coef(asked: float | None, settings: Any) -> float:
-    """asked: `loss.router_aux_coef`. settings: the model's transformers config."""
-    return asked_by_config(settings) if asked is None else asked
+    """asked: `loss.router_aux_coef`; None: as the model's transformers config asks for the loss, if it does."""
+    if asked is not None:
+        return asked
+    text = settings.get_text_config(decoder=True)
+    return named_by_config(settings) if getattr(text, "output_router_logits", False) else 0.0
 
 
 @dataclass(eq=False)
@@ -104,19 +101,16 @@ def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
     decoder = decoder_of(model)
     named = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits", [])
     for given in named if isinstance(named, list) else [named]:
-        recorder = given if isinstance(given, OutputRecorder) else _recorder(given)
+        recorder = given
+        if not isinstance(given, OutputRecorder):  # a class alone, or its name: the logits come second then
+            by_name = isinstance(given, str)
+            recorder = OutputRecorder(None if by_name else given, index=1, class_name=given if by_name else None)
         for name, module in decoder.named_modules():
             by_class = recorder.target_class is not None and isinstance(module, recorder.target_class)
             by_name = recorder.class_name is not None and name.endswith(recorder.class_name)
             within = recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{name}."
             if (by_class or by_name) and within:
                 yield module, recorder.index, _num_chosen(module, decoder.config)
-
-
-def _recorder(given: Any) -> OutputRecorder:
-    """Of a class alone, or of its name: the logits come second then, as transformers has it."""
-    by_name = isinstance(given, str)
-    return OutputRecorder(target_class=None if by_name else given, index=1, class_name=given if by_name else None)
 
 
 def _num_chosen(module: nn.Module, settings: Any) -> int:

@@ -16,13 +16,13 @@ the loss is divided once, by the global number of trained tokens (StepContext.di
 """
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _take_tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -129,13 +129,16 @@ def shard_from_first(model: nn.Module, mode: Mode, mesh: DeviceMesh, regathers: 
             value = value.detach().to(device) if is_first else torch.empty(own.shape, dtype=own.dtype, device=device)
             dist.broadcast(value, src=0)
             if isinstance(own, DTensor):
-                part = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
-                own.to_local().copy_(part.to_local())
-            elif own.device.type == "meta":  # no parameter and no buffer, just an attribute
-                setattr(module, name, value)
-            else:
-                own.copy_(value)
+                value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+            _put(module, name, own, value)
     return engine.model
+
+
+def _put(module: nn.Module, name: str, own: Tensor, value: Tensor) -> None:
+    if own.device.type == "meta":  # no parameter and no buffer, just an attribute
+        setattr(module, name, value)
+    else:
+        own_part(own).copy_(own_part(value))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -157,10 +160,7 @@ def sharded_copy(model: nn.Module) -> Any:
     shard_model(engine, ranks.mesh, ranks.regathers)
     copied = engine.model.to_empty(device=device_of(model))
     for (module, name, own), (_, _, value) in zip(_tensors(copied), _tensors(model), strict=True):
-        if own.device.type == "meta":
-            setattr(module, name, value)
-        else:
-            own_part(own).copy_(own_part(value))
+        _put(module, name, own, value)
     return copied
 
 
@@ -239,15 +239,14 @@ def begin_sequence(engine: Engine, is_last: bool) -> None:
     ranks = engine.state.ranks
     if ranks is None or ranks.root is None:
         return
-    root: Any = ranks.root
     for parameter in engine.model.parameters():  # to which FSDP adds what it has summed and rounded to bfloat16
         if parameter.requires_grad and parameter.grad is None and parameter.dtype != parameter.grad_dtype:  # type: ignore[attr-defined]
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
-    root.set_is_last_backward(is_last)
+    ranks.root.set_is_last_backward(is_last)
     if ranks.regathers:
-        root.set_requires_all_reduce(is_last)
+        ranks.root.set_requires_all_reduce(is_last)
     else:
-        root.set_requires_gradient_sync(is_last)
+        ranks.root.set_requires_gradient_sync(is_last)
 
 
 def sum_gradients(engine: Engine) -> None:
@@ -269,20 +268,9 @@ def sum_gradients(engine: Engine) -> None:
         for parameter, num in zip(trained, found.tolist(), strict=True):
             if num and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)  # type: ignore[attr-defined]
-        for bucket in _buckets(parameter.grad for parameter in trained if parameter.grad is not None):
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        for bucket in _take_tensors(gradients, _BUCKET_BYTES):  # of one type each, that go over the wire together
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat, group=group)
             for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-
-
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients of one type that go over the wire together."""
-    buckets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        bucket = buckets[gradient.dtype]
-        bucket.append(gradient)
-        if sum(each.numel() * each.element_size() for each in bucket) >= _BUCKET_BYTES:
-            yield bucket
-            del buckets[gradient.dtype]
-    yield from buckets.values()

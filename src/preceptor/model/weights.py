@@ -62,16 +62,13 @@ def write_weights(model: nn.Module, merged: PreTrainedModel, folder: Path, dtype
                 own.update(source.gather(group, keep=writer == world.rank))
         if any(world.gather(source.overflowed)):
             return False
-        name = _file_name(first + world.rank, len(files))
+        place, num = first + world.rank + 1, len(files)
+        name = "model.safetensors" if num == 1 else f"model-{place:05d}-of-{num:05d}.safetensors"
         world.together(partial(_write_file, folder / name, own))
         written |= dict.fromkeys(own, name)
     weight_map = {name: file for of_rank in world.gather(written) for name, file in of_rank.items()}
     world.first(lambda: _write_index(folder, weight_map, source))
     return True
-
-
-def _file_name(number: int, num_files: int) -> str:
-    return "model.safetensors" if num_files == 1 else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ only by the keys and values that they leave.
 Legend: T tokens of a sequence, M tokens of a group, R different ones among them, N trained tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,13 @@ from torch import Tensor, nn
 
 from preceptor.data.forest import AttentionRun, PackedSequence, TokenRange, attention_runs
 from preceptor.model.activations.routing import RoutedTokens, Routing, balanced_paths
-from preceptor.model.attention.layout import PathLengths, computed_tokens, on_device, path_lengths
+from preceptor.model.attention.layout import (
+    ForestLayout,
+    PathLengths,
+    computed_tokens,
+    on_device,
+    path_lengths,
+)
 from preceptor.model.parts import decoder_of
 
 
@@ -121,49 +127,48 @@ OccurringRows = tuple[Tensor, Tensor]
 """Of an embedding: the rows that occur (R,), and which of them each token has (M,)."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class SplitPart:
-    """Tokens of a sequence that a layer treats on their own (layers.py)."""
+def _bounds(found: Mapping[Any, Tensor], number: int, queries: Sequence[int], keys: Sequence[int]) -> PathLengths:
+    most = max(queries, default=0), max(keys, default=0)
+    return found["queries", number].int(), found["keys", number].int(), *most
 
-    phase: Phase
-    index_M: Tensor
-    lengths: PathLengths
+
+SplitPart = tuple[Tensor, ForestLayout]
+"""Tokens of a sequence that a layer treats on their own (layers.py): where they are (M,), and their layout."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenGroup:
     """Tokens that go through the decoder together; behind them may be more, see `computed_tokens`.
 
-    ids, position: (1, M). index: where in the sequence they are, without those behind them. rows: of the embedding;
-    None: it is not trained. routed: where routers are to be balanced.
+    ids, position: (1, M). index: where in the sequence they are, without those behind them. loss_bearing: whether a
+    loss reads any. rows: of the embedding; None: it is not trained. routed: where routers are to be balanced.
     """
 
     ids: Tensor
     position: Tensor
     index: Tensor
-    lengths: PathLengths
+    layout: ForestLayout
+    loss_bearing: bool
     rows: OccurringRows | None = None
     routed: RoutedTokens | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SequenceInputs:
-    """phases: the groups, in the order of computation; empty: all tokens are one.
+    """groups: of each phase, in the order of computation, or one of all tokens (by_phases False).
 
-    parts: context-only and loss-bearing tokens, of which the last layer returns the latter. runs: of the whole.
-    num_levels: as in `phases`; tokens that it adds are numbered after the sequence's own. routing: where routers are to
-    be balanced, what they do in the passes of this sequence. source_N: where among the hidden states that the decoder
-    returns each trained token is predicted.
+    parts: context-only and loss-bearing tokens, of which the last layer returns the latter. num_levels: as in `phases`;
+    tokens that it adds are numbered after the sequence's own. routing: where routers are to be balanced, what they do
+    in the passes of this sequence. source_N: where among the hidden states that the decoder returns each trained token
+    is predicted.
     """
 
     sequence: PackedSequence
-    phases: tuple[Phase, ...]
+    by_phases: bool
     groups: tuple[TokenGroup, ...]
     parts: tuple[SplitPart, ...]
-    runs: tuple[AttentionRun, ...]
     num_levels: int
     routing: Routing | None
-    subtree_end_T: Tensor
     source_N: Tensor
     target_N: Tensor
     weight_N: Tensor
@@ -180,52 +185,51 @@ class SequenceInputs:
         balanced: bool = False,
     ) -> "SequenceInputs":
         """padded: the tokens of a group may be more, see `computed_tokens`. balanced: with `routing`."""
-        runs = attention_runs(sequence.spans)
-        groups = tuple(phases) or (Phase(True, runs),)
-        every = (*groups, *split)
+        plan = tuple(phases) or (Phase(True, attention_runs(sequence.spans)),)
+        every = (*plan, *split)
         index = [each.index_T() for each in every]
-        asked = [each.index_T() for each in split[1:] or groups if each.loss_bearing]
+        lengths = [path_lengths(each.runs) for each in every]
+        asked = np.concatenate([each.index_T() for each in split[1:] or plan if each.loss_bearing])
         weight_VD = decoder_of(model).get_input_embeddings().weight
         ids_T = np.pad(sequence.ids_T, (0, 2 * num_levels), mode="edge")
         position_T = np.concatenate([sequence.position_T, np.arange(2 * num_levels)])
         place_T = np.zeros(len(ids_T), dtype=np.int64)
-        place_T[np.concatenate(asked)] = np.arange(sum(map(len, asked)))
-        host: dict[Any, np.ndarray] = {"subtree_end": sequence.subtree_end_T, "source": place_T[sequence.source_N]}
-        host |= {"target": sequence.target_N, "weight": sequence.weight_N}
-        paths = balanced_paths(sequence) if balanced else None
-        if paths is not None:
-            cell_T = np.pad(paths.cell_T, (0, 2 * num_levels), constant_values=paths.num_cells)
-            host |= {"path cell": paths.cell, "path": paths.path, "share": paths.share_G}
-        lengths = [path_lengths(each.runs) for each in every]
-        host |= {("index", number): index_M for number, index_M in enumerate(index)}
-        for number, (queries, keys) in enumerate(lengths):
-            host["queries", number], host["keys", number] = np.cumsum([0, *queries]), np.cumsum([0, *keys])
-        for number, index_M in enumerate(index[: len(groups)]):
+        place_T[asked] = np.arange(len(asked))
+        host: dict[Any, np.ndarray] = {"subtree_end": sequence.subtree_end_T, "target": sequence.target_N}
+        host |= {"source": place_T[sequence.source_N], "weight": sequence.weight_N}
+        if balanced:
+            cell_T, num_cells, of_paths = balanced_paths(sequence)
+            cell_T = np.pad(cell_T, (0, 2 * num_levels), constant_values=num_cells)
+            host |= of_paths
+        for number, index_M in enumerate(index):
+            host["index", number] = index_M
+            host["queries", number], host["keys", number] = (np.cumsum([0, *each]) for each in lengths[number])
+        for number, index_M in enumerate(index[: len(plan)]):
             added = computed_tokens(len(index_M), weight_VD) - len(index_M) if padded else 0
             host["ids", number] = ids_M = np.pad(ids_T[index_M], (0, added))
             host["position", number] = np.pad(position_T[index_M], (0, added))
-            if paths is not None:
-                host["cell", number] = np.pad(cell_T[index_M], (0, added), constant_values=paths.num_cells)
+            if balanced:
+                host["cell", number] = np.pad(cell_T[index_M], (0, added), constant_values=num_cells)
             if weight_VD.requires_grad:
                 host["rows", number], host["row", number] = np.unique(ids_M, return_inverse=True)
         found = on_device(host, weight_VD.device)
-        on_paths = [
-            (found["queries", n].int(), found["keys", n].int(), max(queries, default=0), max(keys, default=0))
-            for n, (queries, keys) in enumerate(lengths)
-        ]
-        of_paths = [found[name] for name in ("path cell", "path", "share")] if balanced else []
-        routing = None if paths is None else Routing(paths.num_cells, *of_paths)
-        made = tuple(
+        layouts = [ForestLayout(each.runs, _bounds(found, n, *lengths[n])) for n, each in enumerate(every)]
+        routing = Routing(num_cells, found["cell"], found["path"], found["share_G"]) if balanced else None
+        groups = tuple(
             TokenGroup(
                 found["ids", number][None],
                 found["position", number][None],
                 found["index", number],
-                on_paths[number],
+                layouts[number],
+                each.loss_bearing,
                 rows=(found["rows", number], found["row", number]) if weight_VD.requires_grad else None,
                 routed=None if routing is None else RoutedTokens(routing, found["cell", number]),
             )
-            for number in range(len(groups))
+            for number, each in enumerate(plan)
         )
-        parts = tuple(SplitPart(part, found["index", n], on_paths[n]) for n, part in enumerate(split, len(groups)))
-        of_loss = (found["subtree_end"], found["source"], found["target"], found["weight"])
-        return cls(sequence, tuple(phases), made, parts, runs, num_levels, routing, *of_loss)
+        if not phases:
+            layouts[0].subtree_end_T = found["subtree_end"]
+            layouts[0].position_T = groups[0].position[0, : sequence.num_tokens]
+        parts = tuple((found["index", number], layouts[number]) for number in range(len(plan), len(every)))
+        of_loss = found["source"], found["target"], found["weight"]
+        return cls(sequence, bool(phases), groups, parts, num_levels, routing, *of_loss)

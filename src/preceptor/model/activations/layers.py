@@ -20,6 +20,7 @@ all kinds have; that the model then keeps conversations apart is proved before e
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -27,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from preceptor.data.forest import AttentionRun
 from preceptor.errors import ModelError
 from preceptor.model.activations.inputs import SplitPart
 from preceptor.model.activations.passes import DecoderPass
-from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
+from preceptor.model.attention.layout import ForestLayout, computed_tokens
 from preceptor.model.attention.runs import KeysRecorded, attention_implementation
 from preceptor.model.compiled import run_compiled
 
@@ -72,18 +74,20 @@ class EngineLayer(nn.Module):
     def _run(self, this: DecoderPass, *arguments: Any, **named: Any) -> Any:
         layer: Any = self
         index, num_layers = layer.engine_settings
-        routed = None if this.group is None else this.group.routed
+        routed, keys_only = this.group.routed, not this.group.loss_bearing
         if index == num_layers - 1:
-            if this.keys_only and routed is None:
-                self._record_keys(*arguments, **{**named, "forest": named["forest"].for_keys_only()})
-                _gather_before_backward(layer, named["forest"])
+            if keys_only and routed is None:
+                forest = copy(named["forest"])
+                forest.keys_only = True
+                self._record_keys(*arguments, **{**named, "forest": forest})
+                _gather_before_backward(layer, forest)
                 return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
             if this.parts:
                 return self._run_parts(*this.parts, *arguments, **named)
         recorded = [] if routed is None else routed.routing.probability_sums
         before = len(recorded)
         output = self._forward(*arguments, **named)
-        if this.keys_only:
+        if keys_only:
             _gather_before_backward(layer, named["forest"], recorded[before:])
         return output
 
@@ -92,7 +96,7 @@ class EngineLayer(nn.Module):
         layer: Any = self
         if layer.engine_state.compiles and (layer.training or torch.is_grad_enabled()):
             cls: Any = type(layer)
-            return run_compiled(layer, _authors_class(cls).forward, arguments, named)
+            return run_compiled(layer, _authors_forward(cls)[0], arguments, named)
         return super().forward(*arguments, **named)
 
     def _record_keys(self, *arguments: Any, **named: Any) -> None:
@@ -106,16 +110,14 @@ class EngineLayer(nn.Module):
         self, context: SplitPart, bearing: SplitPart, *given: Any, forest: ForestLayout, **named: Any
     ) -> Any:
         cls: Any = type(self)
-        names = _argument_names(_authors_class(cls))
+        _, names = _authors_forward(cls)
         if len(given) > len(names):
             raise ModelError("the last layer takes arguments without a name, so they cannot be cut by token")
         every = {**dict(zip(names, given, strict=False)), **named}
         hidden: Tensor = every[names[0]]
-        masks = PathMasks(bearing.phase.runs, forest.masks.scratch)
 
-        def cut(part: SplitPart) -> tuple[Tensor, dict[str, Any]]:
-            added = computed_tokens(part.phase.num_tokens, hidden) - part.phase.num_tokens
-            index_M = pad(part.index_M, (0, added))
+        def cut(index_M: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            index_M = pad(index_M, (0, computed_tokens(len(index_M), hidden) - len(index_M)))
             cut_names = CUT | {names[0]}
             found = {
                 name: _cut(value, index_M, hidden.shape[1]) if name in cut_names else _whole(name, value, hidden)
@@ -123,16 +125,18 @@ class EngineLayer(nn.Module):
             }
             return found.pop(names[0]), found  # given as other layers are given it: else it is compiled again
 
-        before = PhaseLayout(context.phase.runs, {}, {}, masks, keys_only=True)
-        if context.phase.runs:
-            hidden_MD, others = cut(context)
+        (context_M, before), (bearing_M, after) = ((at_M, layout.for_pass()) for at_M, layout in (context, bearing))
+        before.keys_only, before.recorded = True, {}
+        after.masks.scratch = forest.masks.scratch
+        if before.runs:
+            hidden_MD, others = cut(context_M)
             self._record_keys(hidden_MD, forest=before, **others)
-        after = PhaseLayout(bearing.phase.runs, before.recorded or {}, None, masks, lengths=bearing.lengths)
-        hidden_MD, others = cut(bearing)
+        after.kept = before.recorded
+        hidden_MD, others = cut(bearing_M)
         return self._forward(hidden_MD, forest=after, **others)
 
 
-def _gather_before_backward(layer: Any, forest: PhaseLayout, of_routers: Sequence[Tensor] = ()) -> None:
+def _gather_before_backward(layer: Any, forest: ForestLayout, of_routers: Sequence[Tensor] = ()) -> None:
     """Have a sharded layer gathered before backward comes to the keys and values that this phase recorded, and to what
     its routers gave.
 
@@ -154,26 +158,19 @@ def _gather_before_backward(layer: Any, forest: PhaseLayout, of_routers: Sequenc
 
 
 @cache
-def _authors_class(cls: Any) -> Any:
-    """The class of a layer before the engine's came upon it."""
-    return cls.__mro__[cls.__mro__.index(EngineLayer) + 1]
-
-
-@cache
-def _argument_names(cls: Any) -> list[str]:
-    """Of a layer class's `forward`, without `self`."""
-    return list(signature(cls.forward).parameters)[1:]
+def _authors_forward(cls: Any) -> tuple[Any, list[str]]:
+    """Of the class of a layer before the engine's came upon it; and the names of its arguments."""
+    forward = cls.__mro__[cls.__mro__.index(EngineLayer) + 1].forward
+    return forward, list(signature(forward).parameters)[1:]
 
 
 def _cut(value: Any, index_M: Tensor, num_tokens: int) -> Any:
     """Tokens `index_M` of what is laid out by token."""
-    if isinstance(value, Tensor):
-        return value.index_select(1, index_M) if value.shape[:2] == (1, num_tokens) else value
-    if isinstance(value, dict):
-        return {name: _cut(inner, index_M, num_tokens) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_cut(inner, index_M, num_tokens) for inner in value)
-    return value
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.index_select(1, index_M) if tensor.shape[:2] == (1, num_tokens) else tensor
+
+    return tree_map_only(Tensor, cut, value)
 
 
 def _whole(name: str, value: Any, hidden: Tensor) -> Any:
@@ -189,14 +186,15 @@ class PathMixer(nn.Module):
     def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         module: Any = self
         this = module.engine_state.current
-        if this is None or this.runs is None:
+        if this is None or not this.efficient:
             return super().forward(hidden_states, *arguments, **named)
-        num_tokens, num_computed = this.runs[-1][1], hidden_states.shape[1]
+        runs = this.group.layout.runs
+        num_tokens, num_computed = runs[-1][1], hidden_states.shape[1]
         if num_computed not in (num_tokens, this.group.ids.shape[1]):
             raise ModelError("a layer that carries a state from token to token is given some of the tokens alone")
         named.pop("forest", None)  # is for attention
         outputs = []
-        for run in this.runs:
+        for run in runs:
             given = this, run, (hidden_states, *arguments), named
             # the tokens of its path are in other runs too: what is computed for them again is not kept
             again = bool(run[2]) and torch.is_grad_enabled()
@@ -210,22 +208,18 @@ class PathMixer(nn.Module):
         """What the layer gives for the tokens of a run; also in backward, where nothing else has the pass run."""
         state: Any = self.engine_state
         num_tokens = arguments[0].shape[1]
-        of_run = [_taken(value, run, num_tokens) for value in arguments]
+        given, named = tree_map_only(Tensor, lambda each: _taken(each, run, num_tokens), (arguments, named))
         with nullcontext() if state.current is this else state.running(this):
-            output = super().forward(*of_run, **{name: _taken(named[name], run, num_tokens) for name in named})
+            output = super().forward(*given, **named)
         if not isinstance(output, Tensor):
             raise ModelError("a layer that carries a state from token to token returns more than hidden states")
         return output[:, run[0] - run[1] :]
 
 
-def _taken(value: Any, run: AttentionRun, num_tokens: int) -> Any:
+def _taken(tensor: Tensor, run: AttentionRun, num_tokens: int) -> Tensor:
     """Of what is laid out by token, (1, T, ...), the tokens of the run behind those of its path."""
-    if isinstance(value, list | tuple):
-        return type(value)(_taken(inner, run, num_tokens) for inner in value)
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape[:2] != (1, num_tokens):
+    if tensor.shape[:2] != (1, num_tokens):
         raise ModelError("a layer that carries a state from token to token takes more than what is laid out by token")
     start, end, path = run
-    ranges = [value[:, a:b] for a, b in (*path, (start, end))]
+    ranges = [tensor[:, a:b] for a, b in (*path, (start, end))]
     return torch.cat(ranges, 1) if path else ranges[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -51,22 +52,13 @@ class EmbeddingNoise:
         weight_VD: Tensor = embedding.weight  # type: ignore[assignment]
         hidden_size = weight_VD.shape[1]
         parts = []
-        for start, end in _trees(sequence):
-            ids = sequence.ids_T[start:end]
+        for _, spans in groupby(sequence.spans, key=lambda span: span.tree):
+            own = [*spans]
+            ids = sequence.ids_T[own[0].start : own[-1].end]
             key = random_key(self.seed, self.step, zlib.crc32(ids.tobytes()))
             bits = random_bits(key, 0, len(ids) * hidden_size, weight_VD.device).view(len(ids), hidden_size)
             parts.append(bits.float().mul_(self.alpha / (len(ids) * hidden_size) ** 0.5 / (1 << 31)))
         return torch.cat(parts)
-
-
-def _trees(sequence: PackedSequence) -> Iterator[tuple[int, int]]:
-    """Where each conversation begins and ends."""
-    starts = [
-        span.start
-        for before, span in zip((None, *sequence.spans), sequence.spans, strict=False)
-        if before is None or before.tree != span.tree
-    ]
-    return zip(starts, [*starts[1:], sequence.num_tokens], strict=True)
 
 
 @contextmanager
@@ -240,41 +232,28 @@ class EfficientGLU(nn.Module):
         return unit.down_proj(_Gated.apply(unit.gate_proj(x), unit.up_proj(x), *unit.engine_settings))
 
 
+@torch.no_grad()
 def glu_activation(module: nn.Module) -> tuple[Pointwise, Pointwise] | None:
-    """The activation and its backward if a module is such a layer, found by a trial on random numbers, or None."""
+    """The activation and its backward if a module is such a layer, or None.
+
+    Found by a trial: through a copy whose projections give random numbers, in training mode, so that a dropout shows.
+    """
     children = dict(module.named_children())
-    if not children.keys() >= set(_PROJECTIONS) or dict(module.named_parameters(recurse=False)):
-        return None
     others = {name: child for name, child in children.items() if name not in _PROJECTIONS}
+    if len(children) - len(others) < len(_PROJECTIONS) or any(True for _ in module.parameters(recurse=False)):
+        return None
     if any(True for child in others.values() for _ in child.parameters()):
         return None
-    try:
-        return _tried_unit(module, others)
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # it wants something else than one tensor
-        return None
-
-
-@torch.no_grad()
-def _tried_unit(module: nn.Module, others: dict[str, nn.Module]) -> tuple[Pointwise, Pointwise] | None:
-    """Through a copy whose projections give random numbers, in training mode, so that a dropout shows."""
     generator = torch.Generator().manual_seed(0)
     gate, up = torch.randn(2, 1, len(_GATES), 64, generator=generator) * _GATES[:, None]
-    twin = copy(module)
-    projections = dict(zip(_PROJECTIONS, (_Gives(gate), _Gives(up), nn.Identity()), strict=True))
-    twin._modules = {**{name: deepcopy(child) for name, child in others.items()}, **projections}
-    true = type(module).forward(twin.train(), torch.zeros_like(gate))
-    return next((pair for pair in _ACTIVATIONS if torch.equal(true, pair[0](gate) * up)), None)
-
-
-class _Gives(nn.Module):
-    """Gives the same tensor whatever it is given."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.tensor = tensor
-
-    def forward(self, _: Tensor) -> Tensor:
-        return self.tensor
+    try:
+        twin = copy(module)
+        twin._modules = {name: deepcopy(child) for name, child in others.items()}
+        vars(twin).update(gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda x: x)
+        true = type(module).forward(twin.train(), torch.zeros_like(gate))
+        return next((pair for pair in _ACTIVATIONS if torch.equal(true, pair[0](gate) * up)), None)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it wants something else than one tensor
+        return None
 
 
 class _Gated(torch.autograd.Function):
@@ -329,27 +308,10 @@ class EfficientNorm(nn.Module):
         return _Norm.apply(x, norm.weight, _eps(norm), norm.engine_settings)
 
 
-def norm_form(module: nn.Module, found: dict[Any, NormForm | None] | None = None) -> NormForm | None:
-    """What form of norm a module is, or None. found: earlier results, one for all modules of a class and settings."""
-    if not _looks_like_one(module):
-        return None
-    found = {} if found is None else found
-    settings = {name: repr(value) for name, value in vars(module).items() if not name.startswith("_")}
-    key = type(module), module.weight.dtype, *sorted(settings.items())
-    if key not in found:
-        found[key] = _tried_norm(module)
-    return found[key]
-
-
 def root_mean_square_norm(x_TD: Tensor, weight_D: Tensor, eps: float, form: NormForm) -> Tensor:
     """x (..., D) -> y of the same shape. `llama` gives the wider of both types, the others give x's."""
     y: Tensor = _Norm.apply(x_TD, weight_D, eps, form)
     return y
-
-
-def _looks_like_one(module: nn.Module) -> bool:
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
-    return names == ["weight"] and module.weight.dim() == 1 and _eps(module) is not None  # type: ignore[operator]
 
 
 def _eps(module: Any) -> Any:
@@ -357,9 +319,13 @@ def _eps(module: Any) -> Any:
 
 
 @torch.no_grad()
-def _tried_norm(module: nn.Module) -> NormForm | None:
-    """On numbers so small that eps counts, under weights unlike those of a new model; on the CPU."""
-    weight_D: Any = module.weight
+def norm_form(module: nn.Module) -> NormForm | None:
+    """What form of norm a module is, or None: tried on numbers so small that eps counts, under weights unlike those of
+    a new model; on the CPU."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
+    weight_D: Any = module.weight if names == ["weight"] else None
+    if weight_D is None or weight_D.dim() != 1 or _eps(module) is None:
+        return None
     generator = torch.Generator().manual_seed(0)
     x_TD, trial_D = (torch.randn(n, len(weight_D), generator=generator) for n in (4, 1))
     x_TD, trial_D = x_TD * _eps(module) ** 0.5, trial_D[0].to(weight_D.dtype)

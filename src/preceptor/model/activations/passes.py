@@ -14,21 +14,19 @@ from functools import cache
 from typing import Any
 from weakref import ReferenceType, ref
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from preceptor.data.forest import AttentionRun, TokenRange
 from preceptor.errors import ModelError
-from preceptor.model.activations.inputs import SequenceInputs, SplitPart, TokenGroup, loss_bearing
+from preceptor.model.activations.inputs import SequenceInputs, SplitPart, TokenGroup
 from preceptor.model.activations.modules import EmbeddingNoise, noisy
-from preceptor.model.attention.layout import ForestLayout, KeysValues, PathMasks, PhaseLayout
+from preceptor.model.attention.layout import PathMasks, RangesSeen
 from preceptor.model.attention.runs import IMPLEMENTATION, attention_implementation, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.options import KEEP_ALL, ActivationPolicy
-from preceptor.model.parts import decoder_layers, decoder_of, device_of, model_type
+from preceptor.model.parts import decoder_layers, decoder_of, model_type
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,20 +74,18 @@ class DecoderPass:
     """One pass of tokens through the decoder.
 
     attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
-    keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
-    last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
-    group: the tokens; where routers are to be balanced every layer computes all of them whole. runs: of a whole
-    sequence in which conversations stand side by side.
+    group: the tokens; of context-only ones the last layer computes keys and values alone. parts: context-only and
+    loss-bearing tokens, of which the last layer returns the latter. Where routers are to be balanced every layer
+    computes all of them whole. efficient: with a layout for attention, and our norms, gated units and linear layers,
+    where installed; else all is the authors' own.
     """
 
     decoder: PreTrainedModel
     attention: str
     group: TokenGroup
     num_checkpointed: int = 0
-    keys_only: bool = False
     parts: tuple[SplitPart, ...] = ()
-    efficient: bool = False
-    runs: tuple[AttentionRun, ...] | None = None
+    efficient: bool = True
 
 
 @dataclass(eq=False)
@@ -194,75 +190,58 @@ def _subclass(mixin: type, cls: type) -> type:
 def decode_whole(
     model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
 ) -> Tensor:
-    """Hidden states of a whole sequence in one pass: (T, D); where `inputs` are split, of the loss-bearing tokens."""
-    num_tokens, group = inputs.sequence.num_tokens, inputs.groups[0]
-    position_T, masks = group.position[0, :num_tokens], PathMasks(inputs.runs)
-    layout = ForestLayout(position_T, inputs.subtree_end_T, inputs.runs, masks, lengths=group.lengths)
-    this = DecoderPass(
-        decoder_of(model),
-        state.attention,
-        group,
-        num_checkpointed=num_checkpointed(model, policy),
-        parts=inputs.parts,
-        efficient=True,
-        runs=inputs.runs,
-    )
-    num_asked = inputs.parts[1].phase.num_tokens if inputs.parts else num_tokens
-    return _decode(group, layout, state, this, state.noise_TD)[:num_asked]
+    """Hidden states of a whole sequence in one pass: (T, D); where `inputs` are split, of the loss-bearing tokens.
+
+    The plain engine does it by a dense mask, and detaches contexts there; what `recompute` would drop is kept.
+
+    A chain that is alone (`PackedSequence.alone`, prefix_sharing.py takes trees apart) goes through the model as a
+    server would have it, by the authors' attention, modules and empty state: for models that cannot be told a
+    sequence's layout, and for layers that mix tokens outside attention without a convolution by which they could be
+    known (`PathMixer`).
+    """
+    decoder, sequence, group, parts = decoder_of(model), inputs.sequence, inputs.groups[0], inputs.parts
+    alone, layout = sequence.alone, group.layout.for_pass()
+    assert not alone or len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
+    if "attention" not in state.optimisations and not alone:
+        layout.dense = True
+        if policy.context_gradient == "detach":
+            layout.constant_T = torch.ones_like(layout.subtree_end_T, dtype=torch.bool)
+            layout.constant_T[inputs.source_N] = False
+            if group.routed is not None:
+                group = replace(group, routed=replace(group.routed, constant_M=layout.constant_T))
+    group = replace(group, layout=layout)
+    attention = decoder.config._attn_implementation if alone else state.attention
+    this = DecoderPass(decoder, attention, group, num_checkpointed(model, policy), parts, efficient=not alone)
+    return _decode(state, this, state.noise_TD)[: len(parts[1][0]) if parts else sequence.num_tokens]
 
 
-def decode_dense(
-    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
-) -> Tensor:
-    """The same (T, D) by the authors' modules and a dense mask. What `recompute` would drop is kept."""
-    constant_T = ~loss_bearing(inputs.sequence) if policy.context_gradient == "detach" else None
-    layout = ForestLayout.from_sequence(inputs.sequence, device_of(model), dense=True, constant_T=constant_T)
-    group = inputs.groups[0]
-    if group.routed is not None:
-        group = replace(group, routed=replace(group.routed, constant_M=layout.constant_T))
-    this = DecoderPass(decoder_of(model), state.attention, group, num_checkpointed(model, policy))
-    return _decode(group, layout, state, this, state.noise_TD)
-
-
-def decode_phases(
-    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy
-) -> tuple[Tensor, np.ndarray]:
-    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,).
+def decode_phases(model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy) -> Tensor:
+    """Hidden states of the loss-bearing tokens, (M, D), phase by phase.
 
     Raises ModelError where layers mix tokens outside attention.
     """
     if "mixers" in state.optimisations:
         raise no_phases(model, policy)
-    decoder = decoder_of(model)
     num_layers = len(_layers(model))
     checkpointed = policy.checkpointed_layers(num_layers)
-    kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]] = {}
-    hidden, index = [], []
-    plan = inputs.phases
+    kept: Mapping[nn.Module, RangesSeen] = {}
+    hidden = []
     noise_TD = None if state.noise_TD is None else pad(state.noise_TD, (0, 0, 0, 2 * inputs.num_levels))
-    masks = PathMasks(run for phase in plan for run in phase.runs)
-    casts = SharedCasts(keep_weights=len(plan) > 1 and not state.regathers)
-    for group, phase in zip(inputs.groups, plan, strict=True):
-        recorded: Any = None if phase is plan[-1] else {}
-        layout = PhaseLayout(phase.runs, kept, recorded, masks, lengths=group.lengths)
-        this = DecoderPass(
-            decoder,
-            state.attention,
-            group,
-            num_checkpointed=checkpointed if phase.loss_bearing else num_layers,
-            keys_only=not phase.loss_bearing,
-            efficient=True,
-        )
-        constant = policy.context_gradient == "detach" and not phase.loss_bearing
+    masks = PathMasks(run for group in inputs.groups for run in group.layout.runs)
+    casts = SharedCasts(keep_weights=len(inputs.groups) > 1 and not state.regathers)
+    for group in inputs.groups:
+        bearing, layout = group.loss_bearing, group.layout.for_pass(masks)
+        layout.kept, layout.recorded = kept, None if group is inputs.groups[-1] else {}
+        num_again = checkpointed if bearing else num_layers
+        this = DecoderPass(decoder_of(model), state.attention, replace(group, layout=layout), num_again)
+        constant = policy.context_gradient == "detach" and not bearing
         with torch.no_grad() if constant else nullcontext():
-            noise_MD = None if noise_TD is None else noise_TD[group.index]
-            hidden_MD = _decode(group, layout, state, this, noise_MD, casts)
-        if phase.loss_bearing:
-            hidden.append(hidden_MD[: phase.num_tokens])
-            index.append(phase.index_T())
+            hidden_MD = _decode(state, this, None if noise_TD is None else noise_TD[group.index], casts)
+        if bearing:
+            hidden.append(hidden_MD[: len(group.index)])
         # a layer that runs again must not leave its keys a second time, nor hold on to those of later phases
         kept, layout.recorded = layout.recorded or {}, None
-    return torch.cat(hidden), np.concatenate(index)
+    return torch.cat(hidden)
 
 
 def no_phases(model: nn.Module, policy: ActivationPolicy) -> ModelError:
@@ -272,44 +251,21 @@ def no_phases(model: nn.Module, policy: ActivationPolicy) -> ModelError:
     )
 
 
-def decode_alone(
-    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
-) -> Tensor:
-    """Hidden states (T, D) of one conversation, by the model's own attention, modules and empty state.
-
-    For models that compute attention in a way that cannot be told a sequence's layout, and for layers that mix tokens
-    outside attention without a convolution by which they could be known (`PathMixer`). Such a model reads one chain at
-    a time (`PackedSequence.alone`, prefix_sharing.py takes trees apart), as a server would.
-    """
-    sequence = inputs.sequence
-    assert sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
-    decoder, group = decoder_of(model), inputs.groups[0]
-    this = DecoderPass(decoder, decoder.config._attn_implementation, group, num_checkpointed(model, policy))
-    embedding, noise_TD = decoder.get_input_embeddings(), state.noise_TD
-    with state.running(this), nullcontext() if noise_TD is None else noisy(embedding, noise_TD):
-        output = decoder(input_ids=group.ids, use_cache=False)
-    hidden_TD: Tensor = output.last_hidden_state[0]
-    return hidden_TD
-
-
 def _decode(
-    group: TokenGroup,
-    layout: ForestLayout | PhaseLayout,
-    state: ModelState,
-    this: DecoderPass,
-    noise_MD: Tensor | None = None,
-    casts: SharedCasts | None = None,
+    state: ModelState, this: DecoderPass, noise_MD: Tensor | None = None, casts: SharedCasts | None = None
 ) -> Tensor:
     """Last hidden states (M, D) of M tokens, which go through the decoder together.
 
     More may come behind them, see `computed_tokens`.
     """
+    decoder, group = this.decoder, this.group
+    given = {"position_ids": group.position, "forest": group.layout} if this.efficient else {}
     with (
         state.running(this, casts),
-        attention_implementation(this.decoder, this.attention),
-        nullcontext() if noise_MD is None else noisy(this.decoder.get_input_embeddings(), noise_MD),
+        attention_implementation(decoder, this.attention),
+        nullcontext() if noise_MD is None else noisy(decoder.get_input_embeddings(), noise_MD),
     ):
-        output = this.decoder(input_ids=group.ids, position_ids=group.position, use_cache=False, forest=layout)
+        output = decoder(input_ids=group.ids, use_cache=False, **given)
     hidden_MD: Tensor = output.last_hidden_state[0]
     return hidden_MD
 

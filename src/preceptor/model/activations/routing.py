@@ -17,7 +17,7 @@ Tokens are summed by *cell*: tokens in a row that are in the same paths. Sums of
 Legend: T tokens of a sequence, M of a pass, E experts, K chosen for a token, C cells, G paths, N trained tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,22 +27,9 @@ from preceptor.data.forest import PackedSequence, path_to
 from preceptor.errors import ModelError
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class BalancedPaths:
-    """The paths of a sequence over which the loss is taken, on the host.
-
-    cell_T: of each token; num_cells: of one that is in none. cell, path: pairs, each cell of each path. share_G: what
-    the loss of each path counts, before it is divided by the step's divisor.
-    """
-
-    cell_T: np.ndarray
-    num_cells: int
-    cell: np.ndarray
-    path: np.ndarray
-    share_G: np.ndarray
-
-
-def balanced_paths(sequence: PackedSequence) -> BalancedPaths:
+def balanced_paths(sequence: PackedSequence) -> tuple[np.ndarray, int, dict[str, np.ndarray]]:
+    """The paths of a sequence over which the loss is taken: the cell of each token, that of tokens that are in none
+    (which is how many there are), and the arrays that `Routing` has of them."""
     ranges: list[list[tuple[int, int]]] = []  # of tokens, of each path
     shares: list[float] = []
     spans = sequence.spans
@@ -66,56 +53,40 @@ def balanced_paths(sequence: PackedSequence) -> BalancedPaths:
     path_of = np.repeat(np.arange(len(ranges)), [sum(map(len, each)) for each in cells])
     cell_T = np.searchsorted(bounds, np.arange(sequence.num_tokens), side="right") - 1
     cell_T[~np.isin(cell_T, cell)] = num_cells  # between paths, or behind them
-    return BalancedPaths(cell_T, num_cells, cell, path_of, np.array(shares, dtype=np.float64))
+    return cell_T, num_cells, {"cell": cell, "path": path_of, "share_G": np.array(shares, dtype=np.float64)}
 
 
+@dataclass(eq=False)
 class Routing:
-    """What the routers made of the tokens of a sequence, in all of its passes."""
+    """What the routers made of the tokens of a sequence, in all of its passes.
 
-    def __init__(self, num_cells: int, cell: Tensor, path: Tensor, share_G: Tensor) -> None:
-        """As in BalancedPaths, on the device."""
-        self._num_cells, self._cell, self._path, self._share_G = num_cells, cell, path, share_G
-        self._chosen: list[Tensor] = []
-        self._probability: list[Tensor] = []
-        self._num_chosen = 0
-        self._is_closed = False
+    cell, path: pairs, each cell of each path. share_G: what the loss of each path counts, before it is divided by the
+    step's divisor. probability_sums, choices: of each router so far, by cell, (C + 1, E); the former with a graph.
+    """
 
-    @property
-    def probability_sums(self) -> list[Tensor]:
-        """Of each router so far, (C + 1, E) with a graph."""
-        return self._probability
-
-    def record(self, logits_ME: Tensor, num_chosen: int, cell_M: Tensor, constant_M: Tensor | None) -> None:
-        """What one router gave in one pass. A layer that runs again in backward only computes the same once more."""
-        num_experts, num_rows = logits_ME.shape[1], self._num_cells + 1
-        logits_ME = logits_ME if logits_ME.dtype == torch.float64 else logits_ME.float()
-        probability_ME = torch.softmax(logits_ME, dim=-1)
-        if constant_M is not None:
-            probability_ME = torch.where(constant_M[:, None], probability_ME.detach(), probability_ME)
-        sums = probability_ME.new_zeros(num_rows, num_experts).index_add(0, cell_M, probability_ME)
-        with torch.no_grad():
-            place_MK = cell_M[:, None] * num_experts + logits_ME.topk(num_chosen, dim=-1).indices
-            ones = sums.new_ones(place_MK.numel())
-            counts = sums.new_zeros(num_rows * num_experts).index_add(0, place_MK.flatten(), ones)
-        if not self._is_closed:
-            self._probability.append(sums)
-            self._chosen.append(counts.view(num_rows, num_experts))
-            self._num_chosen = num_chosen
+    num_cells: int
+    cell: Tensor
+    path: Tensor
+    share_G: Tensor
+    probability_sums: list[Tensor] = field(default_factory=list)
+    choices: list[Tensor] = field(default_factory=list)
+    num_chosen: int = 0
+    is_closed: bool = False
 
     def loss(self) -> Tensor:
         """The sum of share_g * loss_g, a scalar with a graph; nothing is recorded after it."""
-        self._is_closed = True
-        if not self._probability:
+        self.is_closed = True
+        if not self.choices:
             raise ModelError("loss.router_aux_coef: no router of the model ran in its forward pass. Set it to 0")
-        chosen_GE, probability_GE = (self._of_paths(each) for each in (self._chosen, self._probability))
-        rows_G = chosen_GE.sum(-1) / self._num_chosen  # tokens times routers
+        chosen_GE, probability_GE = (self._of_paths(each) for each in (self.choices, self.probability_sums))
+        rows_G = chosen_GE.sum(-1) / self.num_chosen  # tokens times routers
         products_G = (chosen_GE * probability_GE).sum(-1) * chosen_GE.shape[1] / rows_G**2
-        return (self._share_G.to(products_G) * products_G).sum()
+        return (self.share_G.to(products_G) * products_G).sum()
 
     def _of_paths(self, sums: list[Tensor]) -> Tensor:
         summed = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-        found = summed.new_zeros(len(self._share_G), summed.shape[1])
-        return found.index_add(0, self._path, summed.index_select(0, self._cell))
+        found = summed.new_zeros(len(self.share_G), summed.shape[1])
+        return found.index_add(0, self.path, summed.index_select(0, self.cell))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -127,5 +98,22 @@ class RoutedTokens:
     constant_M: Tensor | None = None
 
     def record(self, logits: Tensor, num_chosen: int) -> None:
-        """logits: of all tokens of the pass, in their order."""
-        self.routing.record(logits.reshape(-1, logits.shape[-1]), num_chosen, self.cell_M, self.constant_M)
+        """What one router gave for all tokens of the pass, in their order.
+
+        A layer that runs again in backward only computes the same once more.
+        """
+        num_experts, num_rows = logits.shape[-1], self.routing.num_cells + 1
+        logits_ME = logits.reshape(-1, num_experts)
+        logits_ME = logits_ME if logits_ME.dtype == torch.float64 else logits_ME.float()
+        probability_ME = torch.softmax(logits_ME, dim=-1)
+        if self.constant_M is not None:
+            probability_ME = torch.where(self.constant_M[:, None], probability_ME.detach(), probability_ME)
+        sums = probability_ME.new_zeros(num_rows, num_experts).index_add(0, self.cell_M, probability_ME)
+        with torch.no_grad():
+            place_MK = self.cell_M[:, None] * num_experts + logits_ME.topk(num_chosen, dim=-1).indices
+            ones = sums.new_ones(place_MK.numel())
+            counts = sums.new_zeros(num_rows * num_experts).index_add(0, place_MK.flatten(), ones)
+        if not self.routing.is_closed:
+            self.routing.probability_sums.append(sums)
+            self.routing.choices.append(counts.view(num_rows, num_experts))
+            self.routing.num_chosen = num_chosen

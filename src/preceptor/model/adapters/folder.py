@@ -1,15 +1,17 @@
 """An adapter: what it trains and what did not move, its folder, and its merge into the base."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError, first_line
 from preceptor.model.adapters.pissa import lora_layers
@@ -22,15 +24,14 @@ AdaptedRow = tuple[str, str, str]
 
 def table_lines(model: nn.Module) -> Iterator[str]:
     """The table of an adapter: modules of one name, rank and shape in one line. None without an adapter."""
-    rows: dict[AdaptedRow, list[int]] = {}
+    rows, parameters = Counter[AdaptedRow](), Counter[AdaptedRow]()
     for row, num_parameters in _rows(model):
-        counts = rows.setdefault(row, [0, 0])
-        counts[0] += 1
-        counts[1] += num_parameters
+        rows[row] += 1
+        parameters[row] += num_parameters
     if not rows:
         return
     cells = [("adapted", "in", "how", "shape", "parameters")]
-    cells += [(row[0], f"{num} x", *row[1:], f"{of_all:,}") for row, (num, of_all) in rows.items()]
+    cells += [(row[0], f"{num} x", *row[1:], f"{parameters[row]:,}") for row, num in rows.items()]
     widths = [max(len(cell[at]) for cell in cells) for at in range(4)]
     for cell in cells:
         left = "  ".join(text.ljust(width) for text, width in zip(cell[:4], widths, strict=True))
@@ -117,9 +118,6 @@ def without_gradient(layers: Sequence[str]) -> str:
     return "; ".join(said)
 
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 README = """---
 base_model: {base}
 library_name: peft
@@ -150,7 +148,7 @@ _RESIZE = "model.resize_token_embeddings({rows}, mean_resizing=False)  # rows fo
 
 
 def write_beside_adapter(
-    model: PeftModel, tokenizer: "PreTrainedTokenizerBase", generation_config: "GenerationConfig", folder: Path
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig, folder: Path
 ) -> None:
     """Write what an adapter needs beside its weights to load in plain peft on its base."""
     tokenizer.save_pretrained(folder)  # AutoPeftModel makes rows for its new tokens
@@ -179,8 +177,6 @@ def _readme(rows: int, base: str, revision: str | None, own_code: bool) -> str:
 
 def _base_rows(base: str, revision: str | None, own_code: bool) -> int | None:
     """How many tokens have rows in the base, by its configuration; None where that cannot be read."""
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=own_code)
         return int(config.get_text_config(decoder=True).vocab_size)
@@ -202,15 +198,13 @@ def num_rows(folder: Path, settings: PeftConfig) -> int:
 
 
 def merge_folder(
-    model: "PreTrainedModel", folder: Path, before: Callable[[PeftModel], None] | None = None
-) -> "PreTrainedModel":
+    model: PreTrainedModel, folder: Path, before: Callable[[PeftModel], None] | None = None
+) -> PreTrainedModel:
     """The base `model` with the adapter of a folder merged into it, and with its decoding settings, if it has some.
 
     Of a model without values (device meta) only the shapes are those of the merged one. before: gets the base with the
     adapter beside it, not merged yet. Raises ModelError for an adapter that is not one of this model.
     """
-    from transformers import GenerationConfig
-
     try:
         rows = num_rows(folder, PeftConfig.from_pretrained(str(folder)))
         if rows > model.get_input_embeddings().weight.shape[0]:

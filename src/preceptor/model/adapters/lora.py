@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -129,8 +129,7 @@ def _patterns(rank: int, alpha: float, options: LoraOptions, names: Sequence[str
     names: of all that is adapted. An adapter that keeps its first values has twice the rank, and the alpha that leaves
     the scale as it is. Raises ModelError for a pattern that fits no name.
     """
-    times = 2 if options.keeps_first_values else 1
-    grown = math.sqrt(times) if options.rslora else times
+    times, grown = _growth(options)
     found: dict[str, Any] = {"r": rank * times, "lora_alpha": alpha * grown}
     for key, own, factor in (
         ("rank_pattern", options.rank_pattern, times),
@@ -141,6 +140,12 @@ def _patterns(rank: int, alpha: float, options: LoraOptions, names: Sequence[str
         chosen = {name: next((p for p in patterns if _fits(p, name)), None) for name in names}
         found[key] = {name: patterns[p] * factor for name, p in chosen.items() if p is not None}
     return found
+
+
+def _growth(options: LoraOptions) -> tuple[int, float]:
+    """By what rank and alpha are multiplied for peft."""
+    times = 2 if options.keeps_first_values else 1
+    return times, math.sqrt(times) if options.rslora else times
 
 
 def _fits(pattern: str, name: str) -> bool:
@@ -229,23 +234,17 @@ def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -
     assert isinstance(saved, LoraConfig) and isinstance(ours, LoraConfig)
     weights = load_peft_weights(str(folder), device="cpu")
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = [*_other_settings(saved, ours, options)]
+    there, here = _settings(saved, options), _settings(ours, options)
+    wrong = [f"adapter.{key}: {value} there, {here[key]} here" for key, value in there.items() if value != here[key]]
     if not wrong:
-        wrong += [
-            f"{name}: not adapted here (adapter.target_modules, new tokens)" for name in sorted({*weights} - {*wanted})
-        ]
-        wrong += [
-            f"{name}: not adapted there (adapter.target_modules, new tokens)" for name in sorted({*wanted} - {*weights})
-        ]
-        wrong += [
-            f"{name}: {list(weights[name].shape)} there, {list(tensor.shape)} here"
-            for name, tensor in sorted(wanted.items())
-            if name in weights and weights[name].shape != tensor.shape
-        ]
+        keys = "(adapter.target_modules, new tokens)"
+        wrong += [f"{name}: not adapted here {keys}" for name in sorted({*weights} - {*wanted})]
+        wrong += [f"{name}: not adapted there {keys}" for name in sorted({*wanted} - {*weights})]
+        shapes = {name: (weights[name].shape, wanted[name].shape) for name in sorted({*weights} & {*wanted})}
+        wrong += [f"{name}: {[*one]} there, {[*other]} here" for name, (one, other) in shapes.items() if one != other]
     if not wrong and options.keeps_first_values:
-        wrong += [
-            f"{name}: no first values of PiSSA there (adapter.init)" for name in without_singular_values(model, weights)
-        ]
+        without = without_singular_values(model, weights)
+        wrong += [f"{name}: no first values of PiSSA there (adapter.init)" for name in without]
     if wrong:
         more = f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise ModelError(
@@ -257,23 +256,16 @@ def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -
     set_peft_model_state_dict(model, weights)
 
 
-def _other_settings(saved: LoraConfig, ours: LoraConfig, options: LoraOptions) -> Iterator[str]:
-    """The keys in which a saved adapter is another one."""
-    times = 2 if options.keeps_first_values else 1
-    grown = math.sqrt(times) if options.rslora else times
-    for key, there, here in (
-        ("rank", saved.r / times, ours.r / times),
-        ("alpha", saved.lora_alpha / grown, ours.lora_alpha / grown),
-    ):
-        if there != here:
-            yield f"adapter.{key}: {there:g} there, {here:g} here"
-    for key, one, other in (
-        ("kind", *("dora" if each.use_dora else "lora" for each in (saved, ours))),
-        ("use_rslora", *(str(bool(each.use_rslora)).lower() for each in (saved, ours))),
-        ("alpha_pattern", *(json.dumps(each.alpha_pattern, sort_keys=True) for each in (saved, ours))),
-    ):
-        if one != other:
-            yield f"adapter.{key}: {one} there, {other} here"
+def _settings(config: LoraConfig, options: LoraOptions) -> dict[str, str]:
+    """What two adapters must have in common, by the keys of the run file."""
+    times, grown = _growth(options)
+    return {
+        "rank": f"{config.r / times:.15g}",
+        "alpha": f"{config.lora_alpha / grown:.15g}",
+        "kind": "dora" if config.use_dora else "lora",
+        "use_rslora": str(bool(config.use_rslora)).lower(),
+        "alpha_pattern": json.dumps(config.alpha_pattern, sort_keys=True),
+    }
 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:

@@ -50,11 +50,7 @@ def _attend_in_blocks(
     num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
     window = options.window_among(num_keys)
     if options.is_plain and window is None and num_queries == num_keys:
-        key_P, value_P = _fit_for_fused(query_Q, key_P, value_P)
-        grouped = query_Q.shape[1] != key_P.shape[1]
-        return scaled_dot_product_attention(
-            query_Q, key_P, value_P, is_causal=True, scale=options.scale, enable_gqa=grouped
-        )
+        return attend_fused(query_Q, key_P, value_P, None, options)
     attend, mask_dtype = (attend_fused, query_Q.dtype) if options.is_plain else (attend_written_out, torch.bool)
     outputs = []
     for queries, keys in _blocks(num_queries, num_keys, window, BLOCK_TOKENS):
@@ -65,20 +61,20 @@ def _attend_in_blocks(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def attend_fused(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, options: AttentionOptions) -> Tensor:
-    """Attention under any mask by torch's fused kernels, without soft-cap and sinks."""
-    key, value = _fit_for_fused(query, key, value)
-    grouped = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask_QP, scale=options.scale, enable_gqa=grouped)
+def attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attention under any mask, or causal, by torch's fused kernels, without soft-cap and sinks.
 
-
-def _fit_for_fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """On a GPU keys and values of as many heads as queries: of its fused kernels flash alone takes fewer, which takes
-    neither float32 nor a mask; torch would fall back on one that writes all scores out."""
-    groups = query.shape[1] // key.shape[1]
-    if groups == 1 or device_type_of(query.device) != "cuda":
-        return key, value
-    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    On a GPU keys and values get as many heads as queries: of its fused kernels flash alone takes fewer, which takes
+    neither float32 nor a mask; torch would fall back on one that writes all scores out.
+    """
+    groups, causal = query.shape[1] // key.shape[1], mask_QP is None
+    if groups > 1 and device_type_of(query.device) == "cuda":
+        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask_QP, is_causal=causal, scale=options.scale, enable_gqa=groups > 1
+    )
 
 
 def attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, options: AttentionOptions) -> Tensor:

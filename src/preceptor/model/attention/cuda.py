@@ -6,9 +6,9 @@
                                                                     those that nothing sees are left out; no copies
 
 `fast_path` alone chooses. What it chooses neither for goes run by run: any other device or dtype, phases with soft-cap
-or sinks, heads that a kernel does not take, a version of torch that lacks an option, a kernel that failed before step
-1. Flex honours soft-cap as a change of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink
-s scales its output by exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
+or sinks, heads that a kernel does not take, a kernel that failed before step 1. Flex honours soft-cap as a change of
+the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
+exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
 
 For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap,
 gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for again.
@@ -32,13 +32,12 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
-from preceptor.data.forest import TokenRange
 from preceptor.errors import PreceptorError, first_line, is_out_of_memory
 from preceptor.model.attention.layout import (
     AttentionOptions,
     ForestLayout,
     KeysValues,
-    PhaseLayout,
+    RangesSeen,
     on_device,
     path_lengths,
     product_dtype,
@@ -61,13 +60,13 @@ _given_up: dict[str, str] = {}  # and those that failed, with the error
 
 
 def fast_path(
-    query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, options: AttentionOptions
+    query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout, options: AttentionOptions
 ) -> Attend | None:
     """The fastest function that computes exactly this; None: `attend_runs`."""
     if not _is_half_on_cuda(value):
         return None
     by_varlen = options.is_plain and _varlen_takes(query, key, value)
-    by_flex = isinstance(layout, ForestLayout) and FLEX not in _given_up and _flex_takes(query, value)
+    by_flex = layout.subtree_end_T is not None and FLEX not in _given_up and _flex_takes(query, value)
     copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
         return attend_varlen
@@ -81,8 +80,7 @@ def _is_half_on_cuda(value: Tensor) -> bool:
 def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     head_size = query.shape[-1]
     return (
-        _arguments_of(varlen_attn) >= {"scale", "window_size"}
-        and head_size == key.shape[-1] == value.shape[-1]
+        head_size == key.shape[-1] == value.shape[-1]
         and head_size % 8 == 0
         and head_size <= _LARGEST_FLASH_HEAD
         and (is_dry_run() or _has_flash(query.device))
@@ -126,13 +124,6 @@ def give_up_kernel(error: str) -> str | None:
     return None
 
 
-def _take_back(name: str) -> None:
-    """Use a kernel again that was given up."""
-    del _given_up[name]
-    if name != FLEX:
-        attention.activate_flash_attention_impl(name)
-
-
 def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
     """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
 
@@ -148,7 +139,9 @@ def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], No
             kernel = None if isinstance(error, PreceptorError) or is_out_of_memory(error) else give_up_kernel(words)
             if kernel is None:
                 for name in given_up:
-                    _take_back(name)
+                    del _given_up[name]
+                    if name != FLEX:
+                        attention.activate_flash_attention_impl(name)
                 raise
             given_up[kernel] = words
         else:
@@ -159,7 +152,7 @@ def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], No
 
 def kernels() -> dict[str, Any]:
     """Of attention, for the record of a run: which flash, where it is not torch's own, and what has failed."""
-    flash = getattr(attention, "current_flash_attention_impl", lambda: None)()
+    flash = attention.current_flash_attention_impl()
     return {**({"flash": flash} if flash else {}), **({"kernels_given_up": dict(_given_up)} if _given_up else {})}
 
 
@@ -169,12 +162,11 @@ def _use_newest_flash(device: torch.device) -> None:
 
     By torch's own switch, for the process. What a program has switched to by itself stays.
     """
-    activate = getattr(attention, "activate_flash_attention_impl", None)
-    if activate is None or device.type != "cuda" or attention.current_flash_attention_impl() is not None:
+    if device.type != "cuda" or attention.current_flash_attention_impl() is not None:
         return
     for name in _FLASHES.get(torch.cuda.get_device_capability(device)[0], ()):
         try:
-            activate(name)
+            attention.activate_flash_attention_impl(name)
         except ModuleNotFoundError:
             continue
         except Exception as error:  # made for another torch or CUDA, and so without the symbols that it looks for
@@ -191,9 +183,9 @@ def attend_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: ForestLayout | PhaseLayout,
+    layout: ForestLayout,
     options: AttentionOptions,
-    seen: dict[TokenRange, KeysValues] | None = None,
+    seen: RangesSeen | None = None,
 ) -> Tensor:
     """As `attend_runs`, without soft-cap and sinks: each run's queries against the keys of its path.
 
@@ -230,9 +222,7 @@ def attend_varlen(
     return cast(Tensor, output_THD).transpose(0, 1)[None]
 
 
-def _join_paths(
-    key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, seen: dict[TokenRange, KeysValues]
-) -> KeysValues:
+def _join_paths(key: Tensor, value: Tensor, layout: ForestLayout, seen: RangesSeen) -> KeysValues:
     """Keys and values of all paths, one after the other, (1, K, P, D) each; the runs' own are put into `seen`."""
     lengths = [end - start for start, end, _ in layout.runs]
     assert sum(lengths) == key.shape[2], "runs cover the tokens"
@@ -254,7 +244,7 @@ def attend_flex(
     value: Tensor,
     layout: ForestLayout,
     options: AttentionOptions,
-    seen: dict[TokenRange, KeysValues] | None = None,
+    seen: RangesSeen | None = None,
 ) -> Tensor:
     """As `attend_runs` for a whole sequence. seen: not used, as a whole sequence sees nothing else."""
     if query.device.type == "cuda":

@@ -4,6 +4,7 @@ Legend: T tokens of a sequence, Q queries and P keys of one block.
 """
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,6 +40,9 @@ PathLengths = tuple[Tensor, Tensor, int, int]
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one range, each (1, heads, tokens, head size), with rotary positions in them."""
+
+RangesSeen = dict[TokenRange, KeysValues]
+"""Keys and values of the ranges that an attention module has seen."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,11 @@ class PathMasks:
     take 128 MB for 1,000 queries, 4,000 keys and 8 layers.
     """
 
-    def __init__(self, runs: Iterable[AttentionRun], scratch: Scratch | None = None) -> None:
+    def __init__(self, runs: Iterable[AttentionRun]) -> None:
         """runs: all that will ask, so that one mask is large enough for them."""
-        self._longest = max(path_lengths(runs)[1])
+        self._longest = max(path_lengths(runs)[1], default=0)
         self._masks: dict[object, Tensor] = {}
-        self.scratch = scratch or Scratch()
+        self.scratch = Scratch()
 
     def mask(
         self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device, block: int
@@ -118,71 +122,47 @@ class PathMasks:
 
 
 class ForestLayout:
-    """A whole sequence. `runs` are in layout order and cover its T tokens.
+    """Tokens that go through the layers together: `runs` in layout order, of a whole sequence or of one phase of it.
 
-    dense: attention by the dense mask, as the plain engine has it; there keys and values of `constant_T` get no
-    gradient. lengths: of its runs and their paths; None: found where they are asked for. made: what a kernel needs
-    besides, made by the first layer that asks and kept for all others. No
-    dataclass, nor is PhaseLayout: FSDP2 looks for tensors in a layer's arguments and copies the dataclasses that hold
-    some, so that what one layer records would be lost to the others.
-    """
-
-    def __init__(
-        self,
-        position_T: Tensor,
-        subtree_end_T: Tensor,
-        runs: tuple[AttentionRun, ...],
-        masks: PathMasks,
-        dense: bool = False,
-        constant_T: Tensor | None = None,
-        lengths: PathLengths | None = None,
-    ) -> None:
-        self.position_T, self.subtree_end_T = position_T, subtree_end_T
-        self.runs, self.masks = runs, masks
-        self.dense, self.constant_T, self.lengths = dense, constant_T, lengths
-        self.made: dict[Any, Any] = {}
-
-    @classmethod
-    def from_sequence(
-        cls,
-        sequence: PackedSequence,
-        device: torch.device | str,
-        dense: bool = False,
-        constant_T: np.ndarray | None = None,
-    ) -> "ForestLayout":
-        own = attention_runs(sequence.spans)
-        arrays = {"position": sequence.position_T, "subtree_end": sequence.subtree_end_T}
-        if constant_T is not None:
-            arrays["constant"] = constant_T.astype(np.int64)
-        found = on_device(arrays, torch.device(device))
-        constant = found["constant"] != 0 if constant_T is not None else None
-        return cls(found["position"], found["subtree_end"], own, PathMasks(own), dense, constant)
-
-
-class PhaseLayout:
-    """Some tokens of a sequence, whose runs see others that went through the layers before.
+    lengths: of the runs and their paths; None: found where they are asked for. subtree_end_T, position_T: of a whole
+    sequence. dense: attention by the dense mask, as the plain engine has it; there keys and values of `constant_T` get
+    no gradient. made: what a kernel needs besides, made by the first layer that asks and kept for all others.
 
     kept: for each attention module, keys and values of the ranges that earlier phases computed. recorded: where the
     modules leave theirs, with the earlier ones, for the phases to come; None: nowhere, as when a layer runs again in
-    backward and its keys are known already. keys_only: attention stops the layer once these are recorded. lengths: as
-    in ForestLayout.
+    backward and its keys are known already. keys_only: attention stops the layer once these are recorded.
+
+    No dataclass: FSDP2 looks for tensors in a layer's arguments and copies the dataclasses that hold some, so that what
+    one layer records would be lost to the others.
     """
 
     def __init__(
         self,
         runs: tuple[AttentionRun, ...],
-        kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]],
-        recorded: dict[nn.Module, dict[TokenRange, KeysValues]] | None,
-        masks: PathMasks,
-        keys_only: bool = False,
         lengths: PathLengths | None = None,
+        subtree_end_T: Any = None,
+        position_T: Any = None,
     ) -> None:
-        self.runs, self.kept, self.recorded, self.masks = runs, kept, recorded, masks
-        self.keys_only, self.lengths = keys_only, lengths
+        self.runs, self.masks, self.lengths = runs, PathMasks(runs), lengths
+        self.subtree_end_T, self.position_T = subtree_end_T, position_T
+        self.dense = False
+        self.constant_T: Tensor | None = None
+        self.made: dict[Any, Any] = {}
+        self.kept: Mapping[nn.Module, RangesSeen] = {}
+        self.recorded: dict[nn.Module, RangesSeen] | None = None
+        self.keys_only = False
 
-    def for_keys_only(self) -> "PhaseLayout":
-        """The same tokens, of which only keys and values are computed."""
-        return PhaseLayout(self.runs, self.kept, self.recorded, self.masks, keys_only=True)
+    def for_pass(self, masks: PathMasks | None = None) -> "ForestLayout":
+        """The same, to which a pass leaves what it makes, and which goes with it. masks: shared with other passes."""
+        own = copy(self)
+        own.masks, own.made = masks or PathMasks(self.runs), {}
+        return own
+
+    @classmethod
+    def from_sequence(cls, sequence: PackedSequence, device: torch.device | str) -> "ForestLayout":
+        arrays = {"subtree_end": sequence.subtree_end_T, "position": sequence.position_T}
+        found = on_device(arrays, torch.device(device))
+        return cls(attention_runs(sequence.spans), subtree_end_T=found["subtree_end"], position_T=found["position"])
 
 
 def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | None = None) -> Tensor:

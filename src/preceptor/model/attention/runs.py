@@ -24,15 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from preceptor.data.forest import AttentionRun, TokenRange
 from preceptor.errors import ModelError
 from preceptor.model.attention.cpu import attend_fused, attend_path, attend_written_out
 from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import (
     AttentionOptions,
     ForestLayout,
-    KeysValues,
-    PhaseLayout,
+    RangesSeen,
     dense_mask,
     path_lengths,
     product_dtype,
@@ -68,9 +66,9 @@ def attend_runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: ForestLayout | PhaseLayout,
+    layout: ForestLayout,
     options: AttentionOptions,
-    seen: dict[TokenRange, KeysValues] | None = None,
+    seen: RangesSeen | None = None,
 ) -> Tensor:
     """The same as `attend_reference`, run by run: work and memory follow what is visible, not T squared.
 
@@ -93,9 +91,7 @@ def attend_runs(
     return output.to(product_dtype(value))
 
 
-def keep_runs(
-    key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, seen: dict[TokenRange, KeysValues]
-) -> torch.dtype:
+def keep_runs(key: Tensor, value: Tensor, layout: ForestLayout, seen: RangesSeen) -> torch.dtype:
     """Put each run's keys and values into `seen`, cast once, to the dtype of the products, which is returned.
 
     Taken apart by `split`, not by slices: the backward of a slice writes zeros for all tokens, that of `split` is one
@@ -103,7 +99,9 @@ def keep_runs(
     """
     lengths = [end - start for start, end, _ in layout.runs]
     added = key.shape[2] - sum(lengths)  # the last tokens may be in no run, see `computed_tokens`
-    dtype = _fastest_dtype(product_dtype(value), layout.runs, value.device)
+    dtype = product_dtype(value)
+    if device_type_of(value.device) == "cpu" and dtype.itemsize == 2:  # half precision is the slower one for short runs
+        dtype = torch.float32 if mostly_short(zip(*path_lengths(layout.runs), strict=True)) else dtype
     split = (part.to(dtype).split([*lengths, added], dim=2)[:-1] for part in (key, value))
     for (start, end, _), piece in zip(layout.runs, zip(*split, strict=True), strict=True):
         seen[start, end] = piece
@@ -112,13 +110,6 @@ def keep_runs(
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return pieces[0].to(dtype) if len(pieces) == 1 else torch.cat([piece.to(dtype) for piece in pieces], dim=2)
-
-
-def _fastest_dtype(asked: torch.dtype, runs: Sequence[AttentionRun], device: torch.device) -> torch.dtype:
-    """On a CPU half precision is the slower one for short runs."""
-    if device_type_of(device) != "cpu" or asked.itemsize != 2:
-        return asked
-    return torch.float32 if mostly_short(zip(*path_lengths(runs), strict=True)) else asked
 
 
 class KeysRecorded(Exception):
@@ -144,7 +135,7 @@ def forest_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    forest: ForestLayout | PhaseLayout | None = None,
+    forest: ForestLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function in transformers' AttentionInterface. Raises ModelError for what it cannot honour, by name.
@@ -157,13 +148,9 @@ def forest_attention_forward(
             f"{layer} calls attention without the sequence's layout: the model drops keyword arguments on the way to "
             f"its layers, so conversations cannot be kept apart in one sequence. Use a model whose layers pass them on."
         )
-    asked = {name: setting for name, setting in kwargs.items() if setting is not None and setting is not False}
-    if attention_mask is not None:
-        asked["attention_mask"] = attention_mask
-    if dropout:
-        asked["dropout"] = dropout
-    if is_causal is False or not getattr(module, "is_causal", True):
-        asked["is_causal"] = False
+    asked = {**kwargs, "attention_mask": attention_mask, "dropout": dropout or None}
+    asked["is_causal"] = is_causal is False or not getattr(module, "is_causal", True)
+    asked = {name: setting for name, setting in asked.items() if setting is not None and setting is not False}
     unknown = sorted(asked.keys() - _WITHOUT_EFFECT)
     if unknown:
         advice = " Set attention_dropout to 0 in the model's config.json." if "dropout" in unknown else ""
@@ -172,17 +159,15 @@ def forest_attention_forward(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
-    if isinstance(forest, ForestLayout) and forest.dense:
+    if forest.dense:
         output = attend_dense(query, key, value, forest, options)
         return output.transpose(1, 2).contiguous(), None
-    seen: dict[TokenRange, KeysValues] = {}
-    if isinstance(forest, PhaseLayout):
-        seen.update(forest.kept.get(module, {}))
-        if forest.recorded is not None:
-            forest.recorded[module] = seen
-        if forest.keys_only:
-            keep_runs(key, value, forest, seen)
-            raise KeysRecorded
+    seen = {**forest.kept.get(module, {})}
+    if forest.recorded is not None:
+        forest.recorded[module] = seen
+    if forest.keys_only:
+        keep_runs(key, value, forest, seen)
+        raise KeysRecorded
     attend = fast_path(query, key, value, forest, options) or attend_runs
     output = attend(query, key, value, forest, options, seen)
     return output.transpose(1, 2).contiguous(), None

@@ -110,7 +110,7 @@ def to_logits(products_RV: Tensor, bias_V: Tensor | None, form: LossForm) -> Ten
 
 def token_losses_of(logits_RV: Tensor, target_R: Tensor) -> Tensor:
     """-log p of each target; the logits are used up. As one logit less the greatest, so that small losses keep bits."""
-    return _exponentials(logits_RV, target_R).cross_entropy_R1[:, 0]
+    return _exponentials(logits_RV, target_R)[-1][:, 0]
 
 
 def losses_and_gradients(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, form: LossForm) -> Tensor:
@@ -127,21 +127,22 @@ def losses_and_gradients(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, 
     if form.softcap is not None:  # d cap(x) / dx = 1 - tanh^2 = 1 - (cap(x) / c)^2
         slope_RV = (logits_RV / form.softcap).square_().neg_().add_(1.0)
     mean_R1 = logits_RV.mean(dim=-1, keepdim=True) if eps else None
-    found = _exponentials(logits_RV, target_R)
+    top_R1, total_R1, log_total_R1, cross_entropy_R1 = _exponentials(logits_RV, target_R)
     weight_R1 = weight_R.to(logits_RV.dtype)[:, None]
-    share_R1 = weight_R1 * torch.exp(-found.cross_entropy_R1) if form.options.dft else weight_R1
-    losses_R1 = found.cross_entropy_R1
+    share_R1 = weight_R1 * torch.exp(-cross_entropy_R1) if form.options.dft else weight_R1
+    losses_R1 = cross_entropy_R1
     if mean_R1 is not None:
-        losses_R1 = (1 - eps) * losses_R1 + eps * (found.top_R1 - mean_R1 + found.log_total_R1)
+        losses_R1 = (1 - eps) * losses_R1 + eps * (top_R1 - mean_R1 + log_total_R1)
     losses_R1 = share_R1 * losses_R1
     if form.options.own is not None:
-        losses_R1, share_R1 = _own_shares(form, -found.cross_entropy_R1[:, 0], weight_R1[:, 0])
+        own_R, slope_R = own_losses(form.options.own, -cross_entropy_R1[:, 0], weight_R1[:, 0] * form.divisor)
+        losses_R1, share_R1 = own_R[:, None] / form.divisor, -slope_R[:, None] / form.divisor
     factor_R1 = share_R1
     if z_loss:
-        log_sum_R1 = found.top_R1 + found.log_total_R1
+        log_sum_R1 = top_R1 + log_total_R1
         losses_R1 = losses_R1 + z_loss * weight_R1 * log_sum_R1.square()
         factor_R1 = factor_R1 + 2 * z_loss * weight_R1 * log_sum_R1
-    gradient_RV = logits_RV.mul_(factor_R1 * form.logit_scale / found.total_R1)
+    gradient_RV = logits_RV.mul_(factor_R1 * form.logit_scale / total_R1)
     if eps:
         gradient_RV -= share_R1 * (form.logit_scale * eps / logits_RV.shape[1])
     gradient_RV.scatter_add_(1, target_R[:, None], -(1 - eps) * form.logit_scale * share_R1)
@@ -150,25 +151,9 @@ def losses_and_gradients(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, 
     return losses_R1[:, 0]
 
 
-def _own_shares(form: LossForm, log_prob_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses by the user's function, and by what the exponentials are multiplied then."""
-    assert form.options.own is not None
-    losses_R, slope_R = own_losses(form.options.own, log_prob_R, weight_R * form.divisor)
-    return losses_R[:, None] / form.divisor, -slope_R[:, None] / form.divisor
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Exponentials:
-    """Of each token: the greatest logit, sum_v exp(logit - greatest) and its logarithm, and -log p of the target."""
-
-    top_R1: Tensor
-    total_R1: Tensor
-    log_total_R1: Tensor
-    cross_entropy_R1: Tensor
-
-
-def _exponentials(logits_RV: Tensor, target_R: Tensor) -> _Exponentials:
-    """The logits become exp(logit - greatest).
+def _exponentials(logits_RV: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logits become exp(logit - greatest). Of each token: the greatest, the sum, its logarithm, and -log p of the
+    target.
 
     Bounded below where the result would be subnormal: torch's exp on CPU is 200 times slower there, and no sum of
     theirs reaches the last bit of a total that is at least 1.
@@ -178,7 +163,7 @@ def _exponentials(logits_RV: Tensor, target_R: Tensor) -> _Exponentials:
     below_top_R1 = top_R1 - logits_RV.gather(1, target_R[:, None])
     total_R1 = logits_RV.sub_(top_R1).clamp_min_(least).exp_().sum(dim=-1, keepdim=True)
     log_total_R1 = total_R1.log()
-    return _Exponentials(top_R1, total_R1, log_total_R1, below_top_R1 + log_total_R1)
+    return top_R1, total_R1, log_total_R1, below_top_R1 + log_total_R1
 
 
 # A loss of the user's own ---------------------------------------------------------------------------------------------
