@@ -10,7 +10,7 @@ from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import add_product
 from preceptor.model.loss.softmax import LOGITS_BYTES, most_tokens
-from preceptor.model.numerics import float32_product
+from preceptor.model.numerics import wide_product
 from preceptor.model.options import KEEP_ALL
 from preceptor.train.optimizer import accumulate_in_float32
 from tiny import chain, tiny_model
@@ -47,14 +47,14 @@ def test_in_float32_it_is_the_plain_product():
     total = TOTAL.clone()
     add_product(total, LEFT, RIGHT, ROWS)
     assert torch.equal(total, torch.addmm(TOTAL, LEFT, RIGHT))
-    assert torch.equal(float32_product(LEFT, RIGHT), LEFT @ RIGHT)
+    assert torch.equal(wide_product(LEFT, RIGHT), LEFT @ RIGHT)
 
 
 def test_of_halves_a_gpu_rounds_nothing(on_gpu):
     total = TOTAL.clone()
     add_product(total, *HALVES, ROWS)
     assert torch.allclose(total, SUM, atol=1e-5) and on_gpu == [torch.float32]
-    assert torch.allclose(float32_product(*HALVES), SUM - TOTAL, atol=1e-5) and len(on_gpu) == 2
+    assert torch.allclose(wide_product(*HALVES), SUM - TOTAL, atol=1e-5) and len(on_gpu) == 2
 
 
 def test_of_halves_a_cpu_rounds_the_product():
@@ -62,7 +62,7 @@ def test_of_halves_a_cpu_rounds_the_product():
     add_product(total, *HALVES, ROWS)
     error = (total - SUM).abs().max()
     assert 1e-4 < error < 0.2
-    found = float32_product(*HALVES)
+    found = wide_product(*HALVES)
     assert found.dtype == torch.float32 and torch.equal(found, (HALVES[0] @ HALVES[1]).float())
 
 

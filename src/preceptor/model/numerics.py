@@ -18,10 +18,10 @@ from preceptor.errors import ModelError
 from preceptor.model.sizes import device_type_of, is_dry_run
 
 
-def float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right."""
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right, at least in float32."""
     if not stays_wide(left, left):
-        return (left @ right).float()
+        return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
     if is_dry_run():
         return left.new_empty(len(left), right.shape[1], dtype=torch.float32)
     return torch.mm(left, right, out_dtype=torch.float32)

@@ -26,8 +26,8 @@ from preceptor.model.activations.modules import (
     AccumulatingEmbedding,
     EfficientGLU,
     EfficientNorm,
+    FusedAdapter,
     SharedCastLinear,
-    UncastAdapter,
     glu_activation,
     norm_form,
 )
@@ -138,12 +138,14 @@ def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _adapters(model: nn.Module) -> dict[nn.Module, Any]:
-    """Of a variant (DoRA), and with dropout, the adapter computes with its input in float32."""
+    """None of a variant (DoRA), with dropout or with a bias: those are left to peft."""
     adapted = (module for module in decoder_of(model).modules() if isinstance(module, LoraLinear))
     return {
         module: None
         for module in adapted
-        if not module.lora_variant and not any(isinstance(each, nn.Dropout) for each in module.lora_dropout.values())
+        if not module.lora_variant
+        and not any(isinstance(each, nn.Dropout) for each in module.lora_dropout.values())
+        and all(each.bias is None for each in module.lora_B.values())
     }
 
 
@@ -195,7 +197,7 @@ OPTIMISATIONS = (
     Optimisation("norms", EfficientNorm, _norms, within="efficient"),  # which keep their input alone
     Optimisation("glu", EfficientGLU, _gated_units, within="efficient"),  # which do not keep the gate's activation
     Optimisation("linear", SharedCastLinear, _linear_layers, within="efficient"),  # layers share half-precision copies
-    Optimisation("adapters", UncastAdapter, _adapters, within="efficient"),  # which read their layer's own input
+    Optimisation("adapters", FusedAdapter, _adapters, within="efficient"),  # added to their layer's product in place
     Optimisation("embedding_gradient", AccumulatingEmbedding, _embedding),  # in place
     Optimisation("head_gradient"),  # in place; the head's half-precision copy once a step
     Optimisation("last_layer"),  # for loss-bearing tokens only

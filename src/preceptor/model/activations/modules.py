@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.functional import linear, pad
 
 from preceptor.data.forest import PackedSequence
-from preceptor.model.numerics import float32_product, random_bits, random_key
+from preceptor.model.numerics import random_bits, random_key, wide_product
 from preceptor.model.sizes import is_dry_run
 
 
@@ -160,18 +160,54 @@ class SharedCastLinear(nn.Module):
         return _HalfLinear.apply(x, weight, layer.bias, *copies, layer.engine_state.regathers)
 
 
-class UncastAdapter(nn.Module):
-    """A linear layer with LoRA of peft that, under autocast, reads the tensor that its base layer reads.
+class FusedAdapter(nn.Module):
+    """A linear layer with LoRA of peft, y = x W^T + s (x A^T) B^T: the second product is added to the first in place.
 
-    Else it takes its input to float32 first, the type of its weights, from which autocast goes back to half precision:
-    a copy and a tensor to keep for each adapted layer.
+    peft makes the product, s times it and the sum, each a tensor of the layer's size. Under autocast it also takes x to
+    float32, the type of its weights, from which autocast goes back to half precision: a copy, and a tensor to keep for
+    each adapted layer. Here A reads the half-precision copy that W reads.
     """
 
-    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         layer: Any = self
-        if layer.engine_state.casts is None or not torch.is_autocast_enabled(x.device.type):
-            return super()._cast_input_dtype(x, dtype)  # type: ignore[misc]
-        return x
+        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+        plain = len(adapters) == 1 and not (rest or named or layer.disable_adapters or layer.merged)
+        if layer.engine_state.casts is None or not plain:
+            return super().forward(x, *rest, **named)
+        (name,) = adapters
+        lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        casts_input = torch.is_autocast_enabled(x.device.type)
+        if x.dtype != lora_A.weight.dtype and not casts_input:
+            return super().forward(x)
+        # Of three dimensions and with a bias, torch gives a view of its product, which is slow to write to; but a
+        # tensor that other layers cast too must be the same for all.
+        rows = x if casts_input and x.dtype == torch.float32 else x.flatten(0, -2)
+        y = _AddedProduct.apply(layer.base_layer(rows), lora_A(dropout(rows)), lora_B.weight, layer.scaling[name])
+        return y.view(*x.shape[:-1], -1)
+
+
+class _AddedProduct(torch.autograd.Function):
+    """y + scale * low B^T, in the place of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor, weight: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(low, weight)
+        ctx.scale = scale
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(low.flatten(0, -2).to(y.dtype), weight.to(y.dtype).T, alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        low, weight = ctx.saved_tensors
+        of_y, of_low, of_weight = ctx.needs_input_grad[:3]
+        grad_low = grad_weight = None
+        if of_low:
+            grad_low = (grad @ weight.to(grad.dtype)).mul_(ctx.scale).to(low.dtype)
+        if of_weight:
+            grad_weight = wide_product(grad.flatten(0, -2).T, low.flatten(0, -2).to(grad.dtype)).mul_(ctx.scale)
+        return grad if of_y else None, grad_low, grad_weight, None
 
 
 class _HalfLinear(torch.autograd.Function):
@@ -193,7 +229,7 @@ class _HalfLinear(torch.autograd.Function):
         x_half, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         grad_x = None if weight is None else (grad @ weight.to(grad.dtype)).to(ctx.dtype)
-        grad_weight = None if x_half is None else float32_product(flat.T, x_half.flatten(0, -2))
+        grad_weight = None if x_half is None else wide_product(flat.T, x_half.flatten(0, -2))
         grad_bias = flat.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None
 
