@@ -224,7 +224,7 @@ def test_one_step_more_than_may_be_skipped_ends_the_run_also_over_a_kill(run_fil
     broken(2, 4, gradient=True)
     with killed_at_step(2):
         execute(prepare(run), QUIET)
-    words = r"step 4: .*not finite, in one of the sequences of .*train\.jsonl:\d+.*; 1 steps were skipped before"
+    words = r"step 4: .*not finite, in one of the sequences of .*train\.jsonl:\d+.*; 1 step skipped before"
     with pytest.raises(ModelError, match=words):
         execute(prepare(run), QUIET)
     assert not (tmp_path / "run" / "model").exists()

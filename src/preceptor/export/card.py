@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from preceptor.errors import counted
 from preceptor.export.source import ExportSource
 from preceptor.report.comparison import read_comparison
 from preceptor.report.run_record import RunRecord
@@ -71,9 +72,9 @@ def _training(run: RunRecord) -> Iterator[tuple[str, str]]:
     yield "chat template", (environment.get("template") or {}).get("name") or "none"
     for system, count in ((data.get("system_prompts") or {}).get("most_common") or ())[:1]:
         shown = " ".join(system.replace("|", "\\|").split())[:200]
-        yield "most common system prompt", f"{shown or 'none'} ({count:,} conversations)"
+        yield "most common system prompt", f"{shown or 'none'} ({counted(count, 'conversation')})"
     at_most = f"at most {settings['data']['max_length']:,} tokens"
-    yield "steps", f"{run.num_steps:,} of {settings['train']['batch_size']} sequences, {at_most}"
+    yield "steps", f"{run.num_steps:,} of {counted(settings['train']['batch_size'], 'sequence')}, {at_most}"
     yield "learning rate", f"{settings['optimizer']['learning_rate']:g}, {settings['optimizer']['lr_scheduler']}"
     adapter = settings.get("adapter")
     lora = f"LoRA, rank {adapter['rank']}, alpha {adapter['alpha']:g}" if adapter else ""

@@ -17,7 +17,7 @@ from preceptor.chat.origins import shared_length
 from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import RenderedTurn, turns_of
 from preceptor.data.sources import open_sources
-from preceptor.errors import ModelError, PreceptorError, first_line
+from preceptor.errors import ModelError, PreceptorError, counted, first_line
 from preceptor.export.ollama import TurnFormat
 from preceptor.export.source import ExportSource
 from preceptor.inspect.probes import ANSWERS, QUESTIONS, SYSTEM, says
@@ -67,11 +67,11 @@ def trained_turns(source: ExportSource) -> TrainedTurns:
             reason = f"the data of the run cannot be read here ({first_line(error)})"
         else:
             if turns:
-                return TrainedTurns(turns, f"{len(turns):,} turns of the run's data")
+                return TrainedTurns(turns, f"{counted(len(turns), 'turn')} of the run's data")
             reason = "the data of the run has no turns, only texts"
     chat = load_trained_format(str(source.folder), trust_remote_code=source.trust_remote_code)
     own = tuple(_of_probes(chat)) if chat.template is not None else ()
-    return TrainedTurns(own, f"{len(own)} turns of conversations made for this: {reason}")
+    return TrainedTurns(own, f"{counted(len(own), 'turn')} of conversations made for this: {reason}")
 
 
 def _of_run(run: config.Run) -> Iterator[TrainedTurn]:

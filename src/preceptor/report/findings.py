@@ -115,7 +115,7 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
     planned = run.data.get("num_steps")
     if not run.is_finished:
         of = f" of {planned:,}" if planned else ""
-        seen = f"The run is not finished: {run.num_steps:,}{of} steps are on record."
+        seen = f"The run is not finished: {counted(run.num_steps, 'step')}{of} on record."
         yield Finding("warning", seen, "If it was stopped, the same `preceptor train` command continues it.")
     for resumed in run.environment.get("resumed", ()):
         yield Finding("note", f"The run was resumed after step {resumed['step']:,} ({resumed['date']}).")
@@ -206,7 +206,7 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         if run.summary.get("best", {}).get("step") == best["step"]:
             yield Finding("note", f"{seen} The model is that of step {best['step']:,}.")
         else:
-            shorter = f"`checkpoint.best: loss`; train shorter, {best['step']} steps; or on more data."
+            shorter = f"`checkpoint.best: loss`; train shorter, {counted(best['step'], 'step')}; or on more data."
             advice = "Train on more data." if _has_few_steps(run) else f"Save the best weights: {shorter}"
             yield Finding("warning", seen, advice)
     both = run.loss_ends

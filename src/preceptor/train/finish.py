@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, counted
 from preceptor.files import free_bytes, readable_bytes
 from preceptor.report.page import write_report
 from preceptor.train.run_folder import RunFolder
@@ -24,7 +24,7 @@ def require_room(folder: Path, model_bytes: int, checkpoint_bytes: int, num_chec
     """Raises CheckpointError where the disk has no room for the model and so many checkpoints."""
     needed, free = model_bytes + num_checkpoints * checkpoint_bytes, free_bytes(folder)
     if free is not None and free < needed:
-        checkpoints = f" and {num_checkpoints} checkpoints of {readable_bytes(checkpoint_bytes)}"
+        checkpoints = f" and {counted(num_checkpoints, 'checkpoint')} of {readable_bytes(checkpoint_bytes)}"
         raise CheckpointError(
             f"{folder}: no room on this disk: the model takes {readable_bytes(model_bytes)}"
             f"{checkpoints if num_checkpoints else ''}, {readable_bytes(needed)} in all, and {readable_bytes(free)} "

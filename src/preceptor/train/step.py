@@ -16,7 +16,7 @@ from torch import Tensor
 from preceptor import config
 from preceptor.config.code import load_code
 from preceptor.data.forest import PackedSequence, empty_sequence
-from preceptor.errors import ModelError, explaining_out_of_memory
+from preceptor.errors import ModelError, counted, explaining_out_of_memory
 from preceptor.model.activations.inputs import num_levels
 from preceptor.model.activations.modules import EmbeddingNoise
 from preceptor.model.activations.passes import StepContext
@@ -277,7 +277,7 @@ def skip_step(
     shown += f" and {len(examples) - _NAMED_EXAMPLES} more" if len(examples) > _NAMED_EXAMPLES else ""
     whose = "in the sequence of" if broken else "in one of the sequences of"
     if num_skipped >= most:
-        skipped = f"; {num_skipped} steps were skipped before" if num_skipped else ""
+        skipped = f"; {counted(num_skipped, 'step')} skipped before" if num_skipped else ""
         raise ModelError(
             f"{error}, {whose} {shown}{skipped}. The weights were left as they are. Look at these examples, lower "
             "optimizer.learning_rate, lengthen optimizer.warmup, use precision float32, or allow some steps to be "

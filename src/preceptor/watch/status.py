@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, counted
 from preceptor.files import read_json, read_json_lines, read_run_file, readable_bytes
 from preceptor.report.findings import judge, warnings_so_far
 from preceptor.report.run_record import LINES, OBJECTS, JsonObject, RunRecord, record_of_files, tokens_per_second
@@ -290,7 +290,7 @@ def figures(status: dict[str, Any]) -> dict[str, str]:
     """Label -> value in words, of what is known."""
     found = {}
     if status["loss"] is not None:
-        found["loss"] = f"{status['loss']:.4f}, mean of {min(RECENT_STEPS, status['step'])} steps"
+        found["loss"] = f"{status['loss']:.4f}, mean of {counted(min(RECENT_STEPS, status['step']), 'step')}"
     if own := status["held_out"]:
         spread = "" if own["low"] is None else f" ({own['low']:.4f} to {own['high']:.4f})"
         since = f"; {own['first']:.4f} at first" if own["step"] else ""
