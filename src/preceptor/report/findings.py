@@ -114,8 +114,8 @@ def _has_few_steps(run: RunRecord) -> bool:
 def _whether_finished(run: RunRecord) -> Iterator[Finding]:
     planned = run.data.get("num_steps")
     if not run.is_finished:
-        of = f" of {planned:,}" if planned else ""
-        seen = f"The run is not finished: {counted(run.num_steps, 'step')}{of} on record."
+        done = f"{run.num_steps:,} of {counted(planned, 'step')}" if planned else counted(run.num_steps, "step")
+        seen = f"The run is not finished: {done} on record."
         yield Finding("warning", seen, "If it was stopped, the same `preceptor train` command continues it.")
     for resumed in run.environment.get("resumed", ()):
         yield Finding("note", f"The run was resumed after step {resumed['step']:,} ({resumed['date']}).")
