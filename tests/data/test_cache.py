@@ -9,14 +9,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import conversations
 from preceptor import config
 from preceptor.chat.render import Renderer
 from preceptor.data import cache as cache_module
-from preceptor.data import reading, workers
+from preceptor.data import reading, records, workers
 from preceptor.data.cache import Cache, cache_folder, entries, prune
+from preceptor.data.records import FlatFile, write_flat
 from preceptor.errors import DataError
 from preceptor.train.prepare import prepare
 
@@ -379,3 +381,12 @@ def test_the_lock_of_another_user_that_nobody_holds_is_no_rendering(tmp_path, mo
         holder.stdout.readline()
         assert cache_module._in_use(tmp_path)[1]
         holder.communicate("\n", timeout=10)
+
+
+def test_a_file_is_read_though_all_files_are_closed_meanwhile(tmp_path, monkeypatch):
+    """As another thread does after each write."""
+    numbers = np.arange(10)
+    write_flat(tmp_path / "numbers", {}, {"numbers": numbers})
+    file, pread = FlatFile(tmp_path / "numbers"), os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: (records.close_files(), pread(*given))[1])
+    assert (file.rows("numbers", 2, 5) == numbers[2:5]).all()

@@ -16,7 +16,7 @@ from preceptor.model.activations.passes import DecoderPass, ModelState, SharedCa
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast, relative_error
-from preceptor.model.optimisations import OPTIMISATIONS, install
+from preceptor.model.optimisations import OPTIMISATIONS, install, remove
 from preceptor.model.options import ActivationPolicy, LoraOptions
 from tiny import chain, tiny_model
 
@@ -184,6 +184,40 @@ def test_an_adapter_is_added_in_place_as_peft_adds_it(bias, part):
         assert ("_AddedProduct" in str(y.grad_fn.next_functions)) == ours  # behind a view
     for own, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, own, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_adapters_of_biased_layers_under_autocast_learn_as_with_peft(kind, base, sequence):
+    """To the rounding of bfloat16, of float32 and bfloat16 bases; layers of three dimensions with a bias among them."""
+    found = []
+    for mode in ("plain", "efficient"):
+        model = add_adapter(tiny_model(kind, dtype=base), 4, 8.0, 0.0, None, [], seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+        install(model, mode)
+        with autocast(model.device, "bfloat16"):
+            loss = Engine(model)(sequence)
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert relative_error(found[1], found[0]) < 0.03 and found[0].norm() > 0
+
+
+def test_an_adapter_added_later_is_looked_at_when_it_is_used(sequence):
+    """One with a bias or of a variant is peft's, whatever the adapter was that was there first."""
+    model = add_adapter(tiny_model("qwen2", dtype=torch.float64), 4, 8.0, 0.0, None, [], seed=0)
+    assert "adapters" in install(model).optimisations
+    for options in ({"use_dora": True}, {"lora_bias": True}):
+        name = next(iter(options))
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **options))
+        model.set_adapter(name)
+        losses = []
+        for mode in ("efficient", "plain"):
+            remove(model)
+            install(model, mode)
+            losses.append(Engine(model)(sequence).item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 def test_an_adapter_that_is_off_or_merged_is_pefts(sequence):

@@ -205,6 +205,8 @@ def test_what_the_command_line_cannot_mean(command, write_jsonl, tmp_path):
     ):
         code, _, error = command(data, *arguments)
         assert code == 2 and says in error, (arguments, error)
+    code, _, error = command("absent.jsonl", "--keep", 1, "--out", "/proc/kept.jsonl")
+    assert "/proc/kept.jsonl: cannot be written" in error  # before anything is read
     code, _, error = command(data, "--keep", 1, "--out", out, model=None)
     assert code == 2 and "--model" in error
     without = ("--diversity", "none", "--weight", "loss=0", "--weight", "difficulty=0")

@@ -236,11 +236,17 @@ def test_states_go_through_a_checkpoint_and_have_the_predicted_size(name, roundi
     states = [value for state in optimizer.state.values() for key, value in state.items() if value.ndim]
     assert sum(value.numel() * value.element_size() for value in states) == expected_state_bytes(optimizer)
     Checkpoints(tmp_path, "this", keep=1).save(State(model, optimizer, step=2))
+    plain, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     goal = copy.deepcopy(take_steps(model, optimizer, 2, seed=1).state_dict())
-    again, other = made(1)
-    Checkpoints(tmp_path, "this", keep=1).restore(State(again, other), print)
-    take_steps(again, other, 2, seed=1)
-    assert all(torch.equal(value, goal[key]) for key, value in again.state_dict().items())
+    for way in ("checkpoint", "plain"):
+        again, other = made(1)
+        if way == "checkpoint":
+            Checkpoints(tmp_path, "this", keep=1).restore(State(again, other), print)
+        else:
+            again.load_state_dict(weights)
+            other.load_state_dict(plain)
+        take_steps(again, other, 2, seed=1)
+        assert all(torch.equal(value, goal[key]) for key, value in again.state_dict().items()), way
 
 
 def test_factors_of_the_learning_rate_by_pattern():

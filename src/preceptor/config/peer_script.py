@@ -122,6 +122,8 @@ def _keyword(script: Script, keyword: ast.keyword, found: PeerFile) -> None:
         return
     try:
         value = without_secrets(script.constant(keyword.value))
+        if keyword.arg is None and not isinstance(value, dict):
+            raise ValueError("`**` takes a dict")
         found.settings |= value if keyword.arg is None else {keyword.arg: value}
     except UNREADABLE:
         text = f"{shown(keyword.value)} (line {keyword.value.lineno})"

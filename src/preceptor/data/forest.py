@@ -232,7 +232,7 @@ def _lay_out(
     pairs: list[tuple[int, int, float, float]],
 ) -> None:
     """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
-    children: list[list[int]] = [[] for _ in (*tree.segments, "root")]  # the last: those without a parent
+    children: list[list[int]] = [[] for _ in range(len(tree.segments) + 1)]  # the last: those without a parent
     for index, segment in enumerate(tree.segments):
         assert segment.parent is None or segment.parent < index, "parents come before children"
         children[-1 if segment.parent is None else segment.parent].append(index)

@@ -144,7 +144,7 @@ class Loader:
         """How far a run is after so many steps, for its log."""
         return {"epoch": round(step / self.steps_per_epoch, 4)}
 
-    def _trees_of(self, step: int, rank: int, num_ranks: int) -> list[list[Tree]]:
+    def _trees_of(self, step: int, rank: int, num_ranks: int) -> Iterator[list[Tree]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         epoch += self._first_epoch
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
@@ -152,7 +152,7 @@ class Loader:
         if num_ranks > 1:
             sizes = [int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch]
             batch = [batch[at] for at in assign_to_ranks(sizes, num_ranks)[rank]]
-        return [self._dataset.trees(planned) for planned in batch]
+        return (self._dataset.trees(planned) for planned in batch)
 
     def largest_sequences(self) -> list[PackedSequence]:
         """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another.

@@ -257,9 +257,9 @@ def _contents(
 
 
 def _portions(entries: Iterable[Entry], fitter: Fitter) -> Iterator[_Portion]:
-    portion, size, is_whole = _Portion(), 0, False
+    portion, size = _Portion(), 0
     for entry in entries:
-        if portion.entries and (is_whole or entry.table != portion.entries[-1].table):
+        if portion.entries and entry.table != portion.entries[-1].table:
             yield portion
             portion, size = _Portion(), 0
         content = fitter.before_rendering(entry.example)
@@ -269,7 +269,9 @@ def _portions(entries: Iterable[Entry], fitter: Fitter) -> Iterator[_Portion]:
         own = cost_of(content)
         size += own
         drawn = int.from_bytes(portion.digests[-1][:4]) / 2**32  # the same wherever the example stands
-        is_whole = (size >= _SMALL_CHARACTERS and drawn < own / _MEAN_CHARACTERS) or size >= _LARGE_CHARACTERS
+        if (size >= _SMALL_CHARACTERS and drawn < own / _MEAN_CHARACTERS) or size >= _LARGE_CHARACTERS:
+            yield portion
+            portion, size = _Portion(), 0
     if portion.entries:
         yield portion
 

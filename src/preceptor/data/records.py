@@ -119,7 +119,8 @@ class FlatFile:
         kind, shape, offset, _ = self.arrays[name]
         width = int(np.dtype(kind).itemsize * np.prod(shape[1:], dtype=np.int64))
         try:
-            found = os.pread(_open(self.path).number, (end - start) * width, offset + start * width)
+            file = _open(self.path)  # held while it is read: another thread may close all that are kept
+            found = os.pread(file.number, (end - start) * width, offset + start * width)
         except OSError as error:
             raise self._damaged(f"cannot be read: {error.strerror or error}") from None
         if len(found) != (end - start) * width:

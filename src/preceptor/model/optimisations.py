@@ -29,6 +29,7 @@ from preceptor.model.activations.modules import (
     FusedAdapter,
     SharedCastLinear,
     glu_activation,
+    is_plain_lora,
     norm_form,
 )
 from preceptor.model.activations.passes import ModelState, adopt, decode_whole, release
@@ -138,15 +139,9 @@ def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _adapters(model: nn.Module) -> dict[nn.Module, Any]:
-    """None of a variant (DoRA), with dropout or with a bias: those are left to peft."""
+    """Others are left to peft."""
     adapted = (module for module in decoder_of(model).modules() if isinstance(module, LoraLinear))
-    return {
-        module: None
-        for module in adapted
-        if not module.lora_variant
-        and not any(isinstance(each, nn.Dropout) for each in module.lora_dropout.values())
-        and all(each.bias is None for each in module.lora_B.values())
-    }
+    return {module: None for module in adapted if all(is_plain_lora(module, name) for name in module.lora_A)}
 
 
 def _embedding(model: nn.Module) -> dict[nn.Module, Any]:

@@ -16,13 +16,13 @@ the loss is divided once, by the global number of trained tokens (StepContext.di
 """
 
 import copy
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _take_tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -268,9 +268,20 @@ def sum_gradients(engine: Engine) -> None:
         for parameter, num in zip(trained, found.tolist(), strict=True):
             if num and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)  # type: ignore[attr-defined]
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        for bucket in _take_tensors(gradients, _BUCKET_BYTES):  # of one type each, that go over the wire together
+        for bucket in _buckets(parameter.grad for parameter in trained if parameter.grad is not None):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat, group=group)
             for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one type that go over the wire together."""
+    buckets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        bucket = buckets[gradient.dtype]
+        bucket.append(gradient)
+        if sum(each.numel() * each.element_size() for each in bucket) >= _BUCKET_BYTES:
+            yield bucket
+            del buckets[gradient.dtype]
+    yield from buckets.values()

@@ -49,7 +49,7 @@ from preceptor.train.windows import WindowRecord
 from preceptor.world import ONE, World
 
 
-@dataclass
+@dataclass(repr=False)
 class Training:
     """One session of a run in its folder, which has no model yet. A run in it goes on from its newest checkpoint.
 

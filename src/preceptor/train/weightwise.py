@@ -9,6 +9,7 @@ before its update and back after it, in the order of the device's stream, so tha
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -74,6 +75,20 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
             _take_back(state, of_rule if low is None else {**of_rule, "low": low})
         else:
             state.update(of_rule)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved: torch's own would turn every state into the type of its weight, codes among them."""
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if value.ndim == 0:
+                    self.state[parameter][name] = value.clone()
+                elif self.offload:
+                    self.state[parameter][name] = host_zeros(value.shape, value.dtype, parameter.device).copy_(value)
+                else:
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
 def host_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ import pytest
 
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Rejection
+from preceptor.data.formats.rows import read_row
+from preceptor.data.formats.values import Struct
 from preceptor.data.sources import OpenSource
 
 ASK = {"role": "user", "content": "Weather?"}
@@ -129,6 +131,16 @@ def test_when_a_null_argument_is_surely_padding(tmp_path, parameters, padding):
         assert second.messages[1].tool_calls[0]["function"]["arguments"] == {"c": "y"}
     else:
         assert second.code == "ambiguous_null"
+
+
+def test_nulls_of_a_message_that_a_function_made_are_meant():
+    calls = [call("f", a=None)["tool_calls"][0]]
+    arguments = Struct(calls[0]["function"]["arguments"])  # from Parquet, in a message that is new
+    function = {**calls[0]["function"], "arguments": arguments}
+    answer = {"role": "assistant", "tool_calls": [{**calls[0], "function": function}]}
+    _, made = read_row({"messages": [ASK, answer]}, "a.parquet:row 1")
+    assert isinstance(made, Conversation), made
+    assert made.messages[1].tool_calls == calls
 
 
 def test_a_default_of_null_cannot_be_told_from_padding(tmp_path):

@@ -167,9 +167,12 @@ MessageField = tuple[str, Any, bool]  # the key that holds messages, the message
 def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation:
     tools = _tools(row, nulls) if row.get("tools", "") != "" else []
     messages: list[Message] = []
+    rule = of_message(tools)
     for key, value, trained in parts:
-        rule = of_message(tools)
-        raw = [unpad(message, rule, nulls, f"{key}[{k}]") for k, message in enumerate(_message_list(value, key))]
+        raw = [  # nulls of a message that a function has made are meant
+            unpad(message, rule, nulls, f"{key}[{k}]") if isinstance(message, Struct) else message
+            for k, message in enumerate(_message_list(value, key))
+        ]
         if key == parts[0][0] and row.get("system", "") != "":
             raw = _with_system(row, raw)
         read = [read_message(message, f"{key}[{k}]") for k, message in enumerate(raw)]

@@ -15,6 +15,7 @@ and is dropped there. Elsewhere nobody can know; `nulls` says what to do: reject
 file can leave a key out, so there such a null is kept where `nulls` says nothing.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -225,12 +226,13 @@ def _part(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None
 
 def of_message(tools: Iterable[Any]) -> NullRule:
     """A message; `tools`, unpadded, say which arguments a call can have."""
+    schemas = functools.cache(lambda: _parameters(tools))
 
     def call(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
         if inner is None:
             return None
         if key == "arguments":
-            return _arguments(_parameters(tools).get(str(of.get("name"))))
+            return _arguments(schemas().get(str(of.get("name"))))
         return call if key in (None, "function") else of_plain_data
 
     def rule(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:

@@ -171,19 +171,24 @@ class FusedAdapter(nn.Module):
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         layer: Any = self
         adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        plain = len(adapters) == 1 and not (rest or named or layer.disable_adapters or layer.merged)
-        if layer.engine_state.casts is None or not plain:
+        off = layer.engine_state.casts is None or layer.disable_adapters or layer.merged or len(adapters) != 1
+        if off or rest or named or not is_plain_lora(layer, adapters[0]):
             return super().forward(x, *rest, **named)
-        (name,) = adapters
-        lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        lora_A, lora_B, scale = (getattr(layer, name)[adapters[0]] for name in ("lora_A", "lora_B", "scaling"))
         casts_input = torch.is_autocast_enabled(x.device.type)
         if x.dtype != lora_A.weight.dtype and not casts_input:
             return super().forward(x)
         # Of three dimensions and with a bias, torch gives a view of its product, which is slow to write to; but a
         # tensor that other layers cast too must be the same for all.
         rows = x if casts_input and x.dtype == torch.float32 else x.flatten(0, -2)
-        y = _AddedProduct.apply(layer.base_layer(rows), lora_A(dropout(rows)), lora_B.weight, layer.scaling[name])
-        return y.view(*x.shape[:-1], -1)
+        y = _AddedProduct.apply(layer.base_layer(rows), lora_A(rows), lora_B.weight, scale)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def is_plain_lora(layer: Any, name: str) -> bool:
+    """Whether an adapter of peft is the low rank alone: no variant (DoRA), no dropout, no bias."""
+    plain = name not in layer.lora_variant and layer.lora_B[name].bias is None
+    return plain and isinstance(layer.lora_dropout[name], nn.Identity)
 
 
 class _AddedProduct(torch.autograd.Function):
@@ -221,7 +226,11 @@ class _HalfLinear(torch.autograd.Function):
         kept = weight if cast_again else weight_half
         ctx.save_for_backward(x_half if of_weight else None, kept if of_x else None)
         ctx.dtype = x.dtype
-        return linear(x_half, weight_half, None if bias is None else bias.to(x_half.dtype))
+        if bias is None:
+            return linear(x_half, weight_half)
+        y = x_half.new_empty(*x.shape[:-1], len(weight))  # `linear` would give a view, into which nothing may be added
+        torch.addmm(bias.to(y.dtype), x_half.flatten(0, -2), weight_half.T, out=y.view(-1, len(weight)))
+        return y
 
     @staticmethod
     @once_differentiable
