@@ -10,9 +10,10 @@ is found once, by rendering small conversations.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.template import Template
 from preceptor.data.examples import Rejected
 
@@ -30,6 +31,14 @@ _PRINTED = re.compile(r"""['"]text['"]: ?['"]probe one""")  # a list of parts as
 _WITHIN = re.escape(json.dumps(_ARGUMENTS)).join(("['{]", "['}]"))  # a string of JSON that Python printed, or a set
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 
+_KINDS: Mapping[type, str] = {  # of JSON that is no object
+    str: "a string inside a string",
+    list: "a list",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
+
 IdForm = Literal["any", "nine", "named"]
 
 
@@ -45,9 +54,9 @@ class Forms:
     otherwise, or ends its prompts otherwise.
     """
 
-    texts: frozenset[str]
-    parts: frozenset[str]
-    one_part: frozenset[str]
+    texts: set[str]
+    parts: set[str]
+    one_part: set[str]
     object_arguments: bool
     string_arguments: bool
     absent_content: bool
@@ -59,7 +68,7 @@ class Forms:
     tools: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def fit(self, messages: MessageList) -> list[Mapping[str, Any]]:
         """The messages in forms that the template takes; those in which nothing has to change are the same objects.
 
         Raises Rejected where a call's arguments are no JSON object.
@@ -91,7 +100,8 @@ class Forms:
             if role not in self.texts and role in self.one_part:
                 content = [_part(content)]
         elif role not in self.parts and role in self.texts | self.one_part:
-            content = joined_parts(content, role)
+            # As servers join them: with line ends; but an assistant wrote one text, in one piece.
+            content = ("" if role == "assistant" else "\n").join(part["text"] for part in content)
             content = content if role in self.texts else [_part(content)]
         return given if content is given.get("content") else {**given, "content": content}
 
@@ -167,26 +177,16 @@ def arguments_object(given: Any, where: str) -> dict[str, Any]:
             value = json.loads(given, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             shown = given if len(given) <= 60 else given[:60] + "…"
-            raise Rejected(
-                "arguments_not_object", f"{where}.function.arguments: {shown!r} is no JSON ({error})"
-            ) from error
+            found = f"{where}.function.arguments: {shown!r} is no JSON ({error})"
+            raise Rejected("arguments_not_object", found) from error
     if not isinstance(value, dict):
-        raise Rejected("arguments_not_object", f"{where}.function.arguments: it is {_kind(value)}")
+        kind = _KINDS.get(type(value), "null inside a string")
+        raise Rejected("arguments_not_object", f"{where}.function.arguments: it is {kind}")
     return value
 
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
-
-
-def _kind(value: Any) -> str:
-    names = {str: "a string inside a string", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null inside a string")
-
-
-def joined_parts(parts: Sequence[Any], role: str) -> str:
-    """Text parts as one string, as servers join them: with line ends; an assistant wrote one text, in one piece."""
-    return ("" if role == "assistant" else "\n").join(part["text"] for part in parts)
 
 
 # What a template takes -----------------------------------------------------------------------------------------------
@@ -217,19 +217,12 @@ def find_forms(template: Template) -> Forms:
     thought = [{"type": "thinking", "thinking": _FIRST}, _part(_SECOND)]
     text = _rendered(template, [asked, {"role": "assistant", "content": thought}], None)
     thinks = _FIRST in text and _SECOND in text and "'thinking'" not in text and '"thinking"' not in text
-    found = Forms(frozenset(texts), frozenset(parts), frozenset(one_part), thinking_parts=thinks, **calls)
-    turn = {"role": "assistant", "content": None, "tool_calls": [_call(_ARGUMENTS, _ID)]}
-    try_role("tool", found.fit([asked, turn]), tools=[_TOOL])
     settings = _find_settings(template, asked)
     tools = "probe_tool" in _rendered(template, [asked], [_TOOL], add_generation_prompt=True)
-    return replace(
-        found,
-        tools=tools,
-        texts=frozenset(texts),
-        parts=frozenset(parts),
-        one_part=frozenset(one_part),
-        settings=settings,
-    )
+    found = Forms(texts, parts, one_part, thinking_parts=thinks, tools=tools, settings=settings, **calls)
+    turn = {"role": "assistant", "content": None, "tool_calls": [_call(_ARGUMENTS, _ID)]}
+    try_role("tool", found.fit([asked, turn]), tools=[_TOOL])
+    return found
 
 
 def _find_settings(template: Template, asked: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -292,7 +285,5 @@ def _call(arguments: Any, id_: str | None) -> dict[str, Any]:
     return call if id_ is None else {"id": id_, **call}
 
 
-def _rendered(
-    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **arguments: Any
-) -> str:
+def _rendered(template: Template, messages: MessageList, tools: Tools, **arguments: Any) -> str:
     return template.render_or_none(messages, tools, **arguments) or ""
