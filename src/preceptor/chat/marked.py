@@ -249,7 +249,7 @@ class MarkedEnvironment(Sandbox):
         if type(getattr(obj, "__self__", None)) is str and args:
             items = args[0] if obj.__name__ == "join" and isinstance(args[0], list | tuple) else args
             if _any_marked(items):
-                return getattr(Marked(obj.__self__), obj.__name__)(*args, **kwargs)
+                obj = getattr(Marked(obj.__self__), obj.__name__)
         return super().call(context, obj, *args, **kwargs)
 
 
