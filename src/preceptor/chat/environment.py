@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from types import BuiltinMethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -158,10 +158,9 @@ class Code(CodeGenerator):
     @optimizeconst
     def visit_Getattr(self, node: jinja2.nodes.Getattr, frame: Frame) -> None:
         name, of_loop = node.attr, isinstance(node.node, jinja2.nodes.Name) and node.node.name == "loop"
-        if name in _OF_LOOP and of_loop:
-            self._read(node.node, frame, f"of.{name}", "LoopContext", f"getattr(of, {name!r})")
-        elif name in _OF_STR:
-            self._read(node.node, frame, f"of.{name}", "str", f"getattr(of, {name!r})")
+        if (name in _OF_LOOP and of_loop) or name in _OF_STR:
+            kind = "LoopContext" if name in _OF_LOOP and of_loop else "str"
+            self._read(node.node, frame, f"of.{name}", kind, f"getattr(of, {name!r})")
         elif name not in _OF_DICT:
             self._read(node.node, frame, _item(name), "dict", f"getattr(of, {name!r})")
         else:
@@ -192,10 +191,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = Code
     concat = staticmethod(limited_join)  # type: ignore[assignment]
     intercepted_binops = frozenset(("*", "**", "%"))
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._is_safe: dict[tuple[type, str], bool] = {}
+    _is_safe: ClassVar[dict[tuple[type, str], bool]] = {}
 
     @staticmethod
     def join_outputs(values: Iterable[Any]) -> str:
@@ -275,16 +271,11 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def prepare(
-    environment: jinja2.Environment, filters: Mapping[str, Callable[..., Any]] | None = None
-) -> jinja2.Environment:
-    """Give a sandboxed environment the tag, filters and globals that transformers gives its own.
-
-    filters: in place of Jinja's and transformers'.
-    """
+def prepare(environment: jinja2.Environment, filters: Mapping[str, Any]) -> jinja2.Environment:
+    """Give a sandboxed environment the tag, globals and filters of transformers, but for those that are given here."""
     environment.add_extension(GenerationTag)
     environment.add_extension(jinja2.ext.loopcontrols)
-    environment.filters |= {"tojson": _tojson, **(filters or {})}
+    environment.filters |= {"tojson": _tojson, **filters}
     for name, check in _GROWING_FILTERS.items():
         environment.filters[name] = _guarded(environment.filters[name], check)
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": PlainDict()}
@@ -293,7 +284,7 @@ def prepare(
 
 @lru_cache(maxsize=1)
 def plain_environment() -> jinja2.Environment:
-    return prepare(Sandbox(**SETTINGS))
+    return prepare(Sandbox(**SETTINGS), {})
 
 
 @lru_cache(maxsize=256)
@@ -305,12 +296,9 @@ def compiled(text: str) -> jinja2.Template:
 def rendered(text: str, variables: dict[str, Any]) -> str:
     """The template rendered; as `jinja2.Template.render`, which goes through all globals twice for each text."""
     template = compiled(text)
-    environment = template.environment
-    context = Context(environment, {**environment.globals, **variables}, template.name, template.blocks)
-    try:
-        return limited_join(template.root_render_func(context))
-    except Exception:
-        environment.handle_exception()
+    globals_ = template.environment.globals
+    context = Context(template.environment, {**globals_, **variables}, template.name, template.blocks)
+    return limited_join(template.root_render_func(context))
 
 
 def _guarded(function: Callable[..., Any], check: _GrowthCheck) -> Callable[..., Any]:

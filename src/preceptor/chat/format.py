@@ -4,14 +4,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 
 from preceptor import config
-from preceptor.chat.message_forms import Forms, find_forms
+from preceptor.chat.message_forms import find_forms
 from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import StopTokens, find_stop_tokens
@@ -148,15 +147,11 @@ class ChatFormat:
 
     def fit(self, messages: MessageList) -> list[Mapping[str, Any]]:
         """The messages in the form that the template takes. Raises TemplateError for those that it cannot take."""
+        assert self.template is not None, "a format of plain text has no prompts"
         try:
-            return self._forms.fit(messages)
+            return find_forms(self.template).fit(messages)
         except Rejected as error:
             raise TemplateError(str(error)) from error
-
-    @cached_property
-    def _forms(self) -> Forms:
-        assert self.template is not None
-        return find_forms(self.template)
 
     def renderer(self, data: config.Data) -> Renderer:
         return Renderer(

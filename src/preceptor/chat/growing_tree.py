@@ -54,10 +54,10 @@ class GrowingTree:
         num_shared: int = 0,
         message: int | None = None,
     ) -> None:
-        """Add one turn.
+        """Add one turn, message `message` of its conversation; texts: what context and target spell.
 
-        texts: what context and target spell. num_shared: how many of the context's tokens are known to be the first of
-        the last turn's context; they are not compared again. message: which message of the conversation the turn is.
+        num_shared: how many of the context's tokens are known to be the first of the last turn's context: those are not
+        compared again.
         """
         end = self._follow(context, texts[0], num_shared)
         node = Node("target", target, texts[1], weight, message)

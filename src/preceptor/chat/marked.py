@@ -45,6 +45,11 @@ def _changing(change: Callable[[str], str]) -> Any:
     return lambda self: self._changed(change)
 
 
+def _splitting(split: Callable[..., Sequence[str]]) -> Any:
+    """The method of marked strings that cuts them as `split` does plain ones."""
+    return lambda self, *args, **kwargs: self._split(split, *args, **kwargs)
+
+
 class Marked(str):
     """A string with its atoms; methods that are not defined here give plain strings, whose origins are lost."""
 
@@ -79,12 +84,10 @@ class Marked(str):
 
     def __getitem__(self, key: Any) -> Any:
         text = str.__getitem__(self, key)  # raises IndexError as a plain string would
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            return self._part(text, start, stop) if step == 1 else self._unfollowed(text)
-        index = operator.index(key)
-        index += len(self) if index < 0 else 0
-        return self._part(text, index, index + 1)
+        places = range(len(self))[key]
+        if isinstance(places, int):
+            return self._part(text, places, places + 1)
+        return self._part(text, places.start, places.stop) if places.step == 1 else self._unfollowed(text)
 
     def _part(self, text: str, start: int, stop: int) -> "Marked":
         kept, at = [], 0
@@ -118,31 +121,20 @@ class Marked(str):
         by_atom = changed_by_atom(self, change)
         return by_atom if plain(by_atom) == text else self._unfollowed(text)
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> Any:
-        return self._split(str.split, sep, maxsplit)
+    split, rsplit, splitlines = _splitting(str.split), _splitting(str.rsplit), _splitting(str.splitlines)
+    partition, rpartition = _splitting(str.partition), _splitting(str.rpartition)
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> Any:
-        return self._split(str.rsplit, sep, maxsplit)
-
-    def splitlines(self, keepends: bool = False) -> Any:
-        return self._split(str.splitlines, keepends)
-
-    def partition(self, sep: str) -> Any:
-        return tuple(self._split(str.partition, sep))
-
-    def rpartition(self, sep: str) -> Any:
-        return tuple(self._split(str.rpartition, sep))
-
-    def _split(self, method: Callable[..., Sequence[str]], *args: Any) -> list["Marked"]:
+    def _split(self, split: Callable[..., Sequence[str]], *args: Any, **kwargs: Any) -> Sequence["Marked"]:
         """The pieces with their atoms; between any two stands the separator or, where none is given, blank space."""
-        pieces = method(plain(self), *[plain(a) if isinstance(a, str) else a for a in args])
-        separator = plain(args[0] or "") if method in (str.split, str.rsplit) else ""
+        named = {name: plain(a) if isinstance(a, str) else a for name, a in kwargs.items()}
+        pieces = split(plain(self), *[plain(a) if isinstance(a, str) else a for a in args], **named)
+        separator = (args[0] if args else named.get("sep")) or "" if split in (str.split, str.rsplit) else ""
         marked, at = [], 0
         for text in pieces:
             at = str.index(self, text, at)
             marked.append(self._part(text, at, at + len(text)))
             at += len(text) + len(separator)
-        return marked
+        return tuple(marked) if isinstance(pieces, tuple) else marked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Any:  # type: ignore[override]
         if not old or isinstance(old, Marked):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from preceptor.chat.origins import MessageList, Tools
@@ -31,13 +32,7 @@ _PRINTED = re.compile(r"""['"]text['"]: ?['"]probe one""")  # a list of parts as
 _WITHIN = re.escape(json.dumps(_ARGUMENTS)).join(("['{]", "['}]"))  # a string of JSON that Python printed, or a set
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 
-_KINDS: Mapping[type, str] = {  # of JSON that is no object
-    str: "a string inside a string",
-    list: "a list",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-}
+_KINDS = {str: "a string inside a string", list: "a list", bool: "true or false", int: "a number", float: "a number"}
 
 IdForm = Literal["any", "nine", "named"]
 
@@ -192,11 +187,10 @@ def _no_number(name: str) -> Any:
 # What a template takes -----------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=8)
 def find_forms(template: Template) -> Forms:
     """Learn from small renders what the template takes."""
-    texts: set[str] = set()
-    parts: set[str] = set()
-    one_part: set[str] = set()
+    texts, parts, one_part = (set[str]() for _ in range(3))
 
     def try_role(role: str, before: Sequence[Any], after: Sequence[Any] = (), tools: Any = None) -> None:
         fields = {"tool_call_id": _ID, "name": "probe_name"} if role == "tool" else {}
@@ -241,9 +235,9 @@ def _find_settings(template: Template, asked: Mapping[str, Any]) -> tuple[tuple[
 def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -> dict[str, Any]:
     """Of `Forms`, what concerns tool calls; empty: content without text."""
 
-    def shown(arguments: Any, id_: str | None = _ID, **content: Any) -> str:
+    def shown(arguments: Any, id_: str | None = _ID, result: Sequence[Any] = (), **content: Any) -> str:
         turn = {"role": "assistant", **content, "tool_calls": [_call(arguments, id_)]}
-        return _rendered(template, [asked, turn], [_TOOL])
+        return _rendered(template, [asked, turn, *result], [_TOOL])
 
     as_string = json.dumps(_ARGUMENTS)
     of_object = [shown(_ARGUMENTS), shown(_ARGUMENTS, content=empty)]
@@ -257,11 +251,9 @@ def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -
     arguments, content = _ARGUMENTS if takes_object else as_string, {} if absent else {"content": empty}
 
     def answered(id_: str | None, name: str | None = "probe_name") -> bool:
-        turn = {"role": "assistant", **content, "tool_calls": [_call(arguments, id_)]}
-        result = {key: value for key, value in (("tool_call_id", id_), ("name", name)) if value}
-        said = empty if empty else "probe"
-        messages = [asked, turn, {"role": "tool", "content": said, **result}]
-        return "probe value" in _rendered(template, messages, [_TOOL])
+        names = {key: value for key, value in (("tool_call_id", id_), ("name", name)) if value}
+        result = {"role": "tool", "content": empty or "probe", **names}
+        return "probe value" in shown(arguments, id_, [result], **content)
 
     takes = answered(_ID)
     named = "probe_name" not in shown(arguments, **content)

@@ -26,6 +26,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import jinja2
@@ -44,10 +45,7 @@ _STATEFUL = {"cycler", "joiner"}  # what besides namespaces changes while a temp
 
 
 class LooksAhead(BaseException):
-    """The template asked for what is not the same in a shorter conversation.
-
-    No Exception, since tests of Jinja's (`is sequence`) take those for an answer.
-    """
+    """The template asked for what differs in a shorter conversation. No Exception, for the reason of `RenderLimit`."""
 
 
 class Request(NamedTuple):
@@ -73,10 +71,8 @@ class Line:
 
 def raised_in_pass(error: Exception) -> bool:
     """Whether an error was raised by what stands in this file, and not by the template."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__") == __name__
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == __name__
 
 
 class OnePass:

@@ -228,11 +228,7 @@ class Alignment:
         start = len(prompt) - len(self.dropped)
         if len(text) != start + len(filled) or not text.endswith(filled):
             return None
-        if self.dropped:
-            if not prompt.endswith(self.dropped):
-                return None
-            prompt = prompt[:start]
-        if not text.startswith(prompt):
+        if not prompt.endswith(self.dropped) or not text.startswith(prompt[:start]):
             return None
         return Rendered(text, pieces, origins, start)
 
@@ -240,9 +236,7 @@ class Alignment:
 def alignment_of(prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: range) -> Alignment | None:
     """The alignment that a render with marks shows; None where it does something else to the turn's leaves."""
     text, span = rendered.text, rendered.span(own)
-    start = shared_length(prompt, text)
-    if span is not None:
-        start = min(start, span[0])
+    start = min(shared_length(prompt, text), span[0] if span else len(text))
     if len(prompt) - start > _LONGEST_DROPPED:
         return None
     parts: list[Part] = []
@@ -267,11 +261,10 @@ def _questions(template: str) -> tuple[tuple[str, ...], frozenset[str]]:
     """The strings that a template looks for in texts, and those that it compares texts with."""
     tree = parsed(template)
     asking = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) in _ASKING]
-    contained = {text for call in asking for text in _strings(call.args)}
-    contained |= {text for assigned in tree.find_all(nodes.Assign) for text in _strings([assigned.node])}
-    contained |= {
-        text for filter in tree.find_all(nodes.Filter) if filter.name == "replace" for text in _strings(filter.args)
-    }
+    replacing = [filter for filter in tree.find_all(nodes.Filter) if filter.name == "replace"]
+    contained = _strings(arg for call in asking for arg in call.args)
+    contained |= _strings(arg for filter in replacing for arg in filter.args)
+    contained |= _strings(assigned.node for assigned in tree.find_all(nodes.Assign))
     equal: set[str] = set()
     for compare in tree.find_all(nodes.Compare):
         for operand in compare.ops:

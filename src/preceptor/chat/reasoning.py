@@ -38,11 +38,8 @@ def content_text(given: Mapping[str, Any]) -> str:
 
 def reasoning_text(given: Mapping[str, Any]) -> str:
     """The reasoning that a message holds in a field of its own; "" if none."""
-    for name in REASONING_FIELDS:
-        value = given.get(name)
-        if isinstance(value, str) and value.strip():
-            return value
-    return ""
+    values = (given.get(name) for name in REASONING_FIELDS)
+    return next((value for value in values if isinstance(value, str) and value.strip()), "")
 
 
 class Block(NamedTuple):

@@ -221,7 +221,7 @@ class Renderer:
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), Path(tokeniser)
             for turn, text, _ in turns:
-                context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
+                context, target, num_shared = self._tokenised(turn, text, path, spelled_out)
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
@@ -308,15 +308,13 @@ class Renderer:
                 break
         raise rejected
 
-    def _tokenised(
-        self, turn: Turn, text: str, tokeniser: Tokeniser, path: Path | None
-    ) -> tuple[Sequence[int], Ids, int]:
+    def _tokenised(self, turn: Turn, text: str, path: Path, spelled_out: bool) -> tuple[Sequence[int], Ids, int]:
         """The ids of a turn's context and target, and how many of the context's stand in the tree already.
 
-        path: None where special tokens that messages spell out are to be read as plain text. Raises Rejected.
+        spelled_out: messages spell out special tokens, which are to be read as plain text. Raises Rejected.
         """
-        num_shared = 0
-        if path is None:
+        tokeniser, num_shared = path.tokeniser, 0
+        if spelled_out:
             prompt = [(piece, origin is not None) for piece, origin in turn.prompt_marked().parts()]
             context: Sequence[int] = tokeniser.plain(prompt, self._special.pattern)
             target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special.pattern, before=prompt)

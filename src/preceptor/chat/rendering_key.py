@@ -30,7 +30,7 @@ def rendering_key(tokenizer: Any, template: Template | None, chosen: Mapping[str
     chosen: all other settings of the renderer.
     """
     known = _tokenizer(tokenizer)
-    if known is None or (template is not None and template.writes_date and not template.clock):
+    if known is None or (template is not None and "strftime_now" in template.names_read and not template.clock):
         return None
     try:
         spelled = json.dumps([_code(), known, template and _template(template), chosen])
@@ -82,7 +82,7 @@ def _dates(template: Template) -> list[str]:
     (clock,), trees = template.clock.values(), [parsed(text) for text in template.texts.values()]
 
     def reads(kind: type[nodes.Call | nodes.Test]) -> list[Any]:
-        asking = (node for tree in trees for node in tree.find_all(kind))
+        asking: list[Any] = [node for tree in trees for node in tree.find_all(kind)]
         return [node for node in asking if isinstance(node.node, nodes.Name) and node.node.name == "strftime_now"]
 
     num_read = sum(name.name == "strftime_now" for tree in trees for name in tree.find_all(nodes.Name))

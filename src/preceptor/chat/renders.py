@@ -60,10 +60,7 @@ class Runs:
         return text
 
     def _compare(self, renders: "Renders", request: Request, shown: Sequence[Any], text: str) -> None:
-        """Compare a render with transformers'; of a template whose date is fixed, that of today.
-
-        One difference is fatal: raises TemplateError.
-        """
+        """Raises a fatal TemplateError if transformers renders something else; a fixed date is left out of it."""
         if self.template.clock:
             today = {k: v for k, v in renders.variables(request, shown).items() if k != "strftime_now"}
             text = self.template.run(renders.text, today)
@@ -84,10 +81,12 @@ class Runs:
                 f"model: {error}. Choose another template"
             ) from error
         if expected != text:
+            at = shared_length(text, expected)
+            here, there = (each[max(at - 20, 0) : at + 40] for each in (text, expected))
             raise fatal_template_error(
                 f"template {name}: transformers renders another text, so the model would be trained on what no server "
-                f"builds (does the template write a random choice or the time of day?): {_difference(text, expected)}. "
-                "Choose another template"
+                f"builds (does the template write a random choice or the time of day?): {here!r} here, {there!r} "
+                "there. Choose another template"
             )
 
     def in_one_pass(self, renders: "Renders", requests: Sequence[Request], head_again: bool) -> dict[Request, str]:
@@ -135,9 +134,14 @@ class Runs:
         return False
 
     def marked(self, renders: "Renders", request: Request, text: str, only: int | None = None) -> Rendered:
-        """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
+        """A render with the origins of its characters; text: the template's own. only: that message alone is marked."""
         self.counts["renders with marks"] += 1
-        variables = renders.variables(request, renders.marked(request, only))
+        shown, rules = renders.shown(request), self.template.message_rules
+        for k in range(request.num_messages) if only is None else (only,):
+            shown[k] = rules.apply(marked_message(renders.messages[k], renders.starts[k]))
+        if request.follower:
+            shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(len(renders.leaves), text))
+        variables = renders.variables(request, shown)
         template = compiled_marked(renders.text)
         with limits(self.template.name):
             try:
@@ -166,16 +170,8 @@ _TOLD: Mapping[str, str] = {
 
 def _told(error: TemplateError) -> str:
     """The error, with what it means where Python or Jinja says it in their own terms."""
-    for pattern, meaning in _TOLD.items():
-        found = re.search(pattern, str(error))
-        if found:
-            return f"{meaning.format(*found.groups())} ({error})"
-    return str(error)
-
-
-def _difference(ours: str, theirs: str) -> str:
-    at = shared_length(ours, theirs)
-    return f"{ours[max(at - 20, 0) : at + 40]!r} here, {theirs[max(at - 20, 0) : at + 40]!r} there"
+    found = ((re.search(pattern, str(error)), meaning) for pattern, meaning in _TOLD.items())
+    return next((f"{meaning.format(*match.groups())} ({error})" for match, meaning in found if match), str(error))
 
 
 class Renders:
@@ -264,15 +260,6 @@ class Renders:
         """The messages of a request."""
         shown = self._seen[: request.num_messages]
         return [*shown, self._follower(request)] if request.follower else shown
-
-    def marked(self, request: Request, only: int | None) -> list[dict[str, Any]]:
-        """The messages of a request with marks on their strings, or on those of message `only` and the follower."""
-        shown, rules = self.shown(request), self.runs.template.message_rules
-        for k in range(request.num_messages) if only is None else (only,):
-            shown[k] = rules.apply(marked_message(self.messages[k], self.starts[k]))
-        if request.follower:
-            shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(len(self.leaves), text))
-        return shown
 
     def _follower(self, request: Request) -> dict[str, Any]:
         if request.follower == "user":

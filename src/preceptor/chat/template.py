@@ -115,10 +115,6 @@ class Template:
         return frozenset().union(*map(names_read_by, self.texts.values()))
 
     @property
-    def writes_date(self) -> bool:
-        return "strftime_now" in self.names_read
-
-    @property
     def clock(self) -> dict[str, FixedClock]:
         """The argument that fixes the date; {} where the template writes none, or today's."""
         clock = self.variables.get("strftime_now")
@@ -126,7 +122,7 @@ class Template:
 
     def at(self, date: datetime) -> "Template":
         """The template as it is on that date: for a run that must render the same after midnight."""
-        return self.given({"strftime_now": FixedClock(date)}) if self.writes_date else self
+        return self.given({"strftime_now": FixedClock(date)}) if "strftime_now" in self.names_read else self
 
     def given(self, arguments: Mapping[str, Any]) -> "Template":
         """The template with these arguments given in every render."""
@@ -213,8 +209,7 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
 
     def seen(message: Mapping[str, Any]) -> dict[str, Any]:
         shown = tokenizer.apply_chat_template([message], chat_template="{{ messages | tojson }}", tokenize=False)
-        first: dict[str, Any] = json.loads(shown)[0]
-        return first
+        return dict(json.loads(shown)[0])
 
     with_null = {"role": "assistant", "content": "c", "tool_calls": None}
     with_reasoning = {"role": "assistant", "content": "c", "reasoning": "r"}

@@ -58,22 +58,18 @@ def find_switch(template: Template, arguments: Mapping[str, Any]) -> Switch:
     def prompts(**tried: bool) -> list[str | None]:
         return [given.render_or_none(messages, tools, True, **tried) for messages, tools in _PROBES]
 
-    candidates = template.names_read - RESERVED_ARGUMENTS - set(template.variables)
-    names = tuple(
-        name for name in sorted(candidates) if _switches(name, *(prompts(**{name: v}) for v in (True, False)))
-    )
+    def switches(name: str) -> bool:
+        """Whether a variable changes a prompt, and is named for reasoning or opens or closes a block of it."""
+        both = zip(prompts(**{name: True}), prompts(**{name: False}), strict=True)
+        named = any(word in name for word in _WORDS)
+        return any(a != b and (named or _state(a) != _state(b)) for a, b in both if a is not None and b is not None)
+
+    names = tuple(filter(switches, sorted(template.names_read - RESERVED_ARGUMENTS - set(template.variables))))
     if not names:
         return Switch()
     asked = prompts()
     same = [value for value in (True, False) if prompts(**dict.fromkeys(names, value)) == asked]
     return Switch(names, same[0] if len(same) == 1 else None)
-
-
-def _switches(name: str, on: Sequence[str | None], off: Sequence[str | None]) -> bool:
-    """Whether a variable is a switch by its prompts: they differ, and it is named for it or opens or closes a block."""
-    pairs = [(a, b) for a, b in zip(on, off, strict=True) if a is not None and b is not None and a != b]
-    named = any(word in name for word in _WORDS)
-    return any(named or _state(a) != _state(b) for a, b in pairs)
 
 
 def _state(prompt: str) -> tuple[str, bool]:

@@ -5,8 +5,9 @@ tree knows by their message, are measured against the text that they spell, and 
 characters. What cannot be had this way is UNKNOWN, never guessed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple
 
 from preceptor.chat import reasoning
@@ -61,10 +62,7 @@ class TokenOrigins:
         self._ends: dict[int, int] = {}  # characters from the root to the end of each segment that is named
 
     def name(self, last: int, runs: Sequence[TextRun]) -> None:
-        """Name the tokens from the root to the end of segment `last`, which spell the runs (none: not known).
-
-        What was named for an earlier turn is passed over.
-        """
+        """Name what is not yet named of the tokens up to the end of segment `last`; runs: what they spell, if known."""
         path = path_to(self._segments, last)
         num_named = next((at for at, index in enumerate(path) if index not in self._ends), len(path))
         start = self._ends[path[num_named - 1]] if num_named else 0
@@ -75,13 +73,11 @@ class TokenOrigins:
         if measured is None:
             return
         places = iter((low + start, high + start) for low, high in measured)
-        edges, at = [], 0
-        for run, field in runs:
-            edges.append((at, at + len(run), field))
-            at += len(run)
+        ends = accumulate(len(run) for run, _ in runs)
+        edges = [(end - len(run), end, field) for (run, field), end in zip(runs, ends, strict=True)]
         for index in new:
             own = list(islice(places, len(self._segments[index].ids)))
-            self.fields[index] = tuple(_fields_of(own, edges))
+            self.fields[index] = tuple(_fields_of(low, high, edges) for low, high in own)
             self.spelled[index] = tuple((low, text[low:high]) for low, high in own)
             self._ends[index] = own[-1][1]
 
@@ -99,20 +95,11 @@ def _plain_runs(record: Completion | Document, tree: Tree) -> list[TextRun]:
     return [(whole[:at], added), (prompt, Field("prompt")), (text, Field(name)), (whole[end:], added)]
 
 
-def _fields_of(places: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int, Field]]) -> Iterator[Fields]:
-    """The fields whose texts each place has a part of; places and edges stand in order."""
-    first = 0
-    for start, end in places:
-        while first < len(edges) - 1 and edges[first][1] <= start:
-            first += 1
-        found = []
-        for edge in range(first, len(edges)):
-            low, high, field = edges[edge]
-            if low >= end:
-                break
-            if low < high:
-                found.append(field)
-        yield tuple(dict.fromkeys(found)) or (UNKNOWN,)
+def _fields_of(start: int, end: int, edges: Sequence[tuple[int, int, Field]]) -> Fields:
+    """The fields whose texts a place has a part of; edges: (start, end, field) of all texts, in order."""
+    first = min(bisect_right(edges, start, key=lambda edge: edge[1]), len(edges) - 1)
+    reached = takewhile(lambda edge: edge[0] < end, islice(edges, first, None))
+    return tuple(dict.fromkeys(field for low, high, field in reached if low < high)) or (UNKNOWN,)
 
 
 def _runs(
@@ -164,7 +151,7 @@ def _target_runs(target: str, turn: Turn, full: Rendered, roles: Sequence[str]) 
             if len(said) > len(target):
                 break
             if target.startswith(said) and not reasoning.has_tag(target[len(said) :]):
-                return _cut(_runs(full, turn.leaves, roles, None), start, target[: len(said)], target[len(said) :])
+                return [*_cut(_runs(full, turn.leaves, roles, None), start, last), (target[len(said) :], TEMPLATE)]
     return _searched(target, turn, roles)
 
 
@@ -192,13 +179,13 @@ def _searched(target: str, turn: Turn, roles: Sequence[str]) -> list[TextRun]:
     return [*runs, (target[at:], rest)]
 
 
-def _cut(runs: Sequence[TextRun], start: int, text: str, closing: str) -> list[TextRun]:
-    """The runs from character `start` on, as long as `text`, and then the closing, which is the template's."""
-    end, at, cut = start + len(text), 0, []
+def _cut(runs: Sequence[TextRun], start: int, end: int) -> list[TextRun]:
+    """The runs from character `start` up to `end`."""
+    at, cut = 0, []
     for piece, field in runs:
         cut.append((piece[max(0, start - at) : max(0, end - at)], field))
         at += len(piece)
-    return [*cut, (closing, TEMPLATE)]
+    return cut
 
 
 def _field_of(leaf: Leaf, roles: Sequence[str]) -> Field:

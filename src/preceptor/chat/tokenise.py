@@ -248,9 +248,7 @@ class Path:
 def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
     """(a pattern that finds the added tokens before which a text may be cut, the length of the longest added token).
 
-    All tokens that are matched before normalisation take part in the search, leftmost and longest first, as in the
-    tokenizer. Tokens that swallow white space to their left, or must stand between word boundaries, make cutting
-    unsafe near them: with any of those present, nothing is cut.
+    All tokens that are matched before normalisation take part, leftmost and longest first, as in the tokenizer.
     """
     found = [token for token in tokens if token.content and not token.normalized]
     if not found or any(token.lstrip or token.single_word for token in found):
@@ -321,15 +319,12 @@ class SpelledOut:
 
     def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
         """Whether the text spells out a token that is to be read as plain text. Raises Rejected."""
-        if self._chosen == "allow":
+        found = next((match.group() for match in self.pattern.finditer(text) if match.group() not in own), None)
+        if found is None or self._chosen == "allow":
             return False
-        for match in self.pattern.finditer(text):
-            if match.group() in own:
-                continue
-            if self._chosen == "reject" or not may_be_plain:
-                raise Rejected("special_token_in_text", f"{where} spells out {match.group()!r}")
-            return True
-        return False
+        if self._chosen == "reject" or not may_be_plain:
+            raise Rejected("special_token_in_text", f"{where} spells out {found!r}")
+        return True
 
 
 def _as_json(value: Any) -> str:
