@@ -86,6 +86,8 @@ TEMPLATES = [
     "{{ '%s|%%s %-9s %d%s' | format(a, b, 3, {'x': [a]}) }}{{ '%(k)s %(k).2s' % {'k': b} }}",
     "{{ 'a%s %s' % (a, b) }}{{ '%r' % a }}",
     "{{ ([a, b] | map('upper') | list)[0] }}{{ [a, b] | select('equalto', a) | first }}",
+    "{% for c in [a] %}{{ ', '.join([c, 'x']) }}{{ 'a b'.replace('a', b) }}{% endfor %}",
+    "{% for c in a.split('b', maxsplit=1) %}{{ c.split(sep='a') | join('|') }}{{ b.rsplit(None, 1)[-1:] }}{% endfor %}",
     "{% for c in a %}{% if c == 'b' %}{% break %}{% endif %}{{ c }}{% endfor %}{{ b[-1:] }}",
 ]
 
@@ -117,6 +119,14 @@ def test_every_character_of_a_message_keeps_its_origin():
         ('"}', None),
     ]
     assert Rendered("".join(pieces), pieces, origins).span(range(1)) == (2, 2 + len(a))
+
+
+def test_methods_of_the_templates_own_strings_keep_origins_in_a_loop_too():
+    template = "{% for m in [a] %}{{ ', '.join([m, b]) }}{{ ' <x>'.replace('x', m) }}{% endfor %}"
+    assert with_origins(template, a="one", b="two") == (
+        ["one", ", ", "two", " <", "one", ">"],
+        [0, None, 1, None, 0, None],
+    )
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,10 @@ def test_history_is_not_tokenised_twice():
         path = Path(tokeniser)
         path.read(prompt)
         path.continuation(LONG + "<eos>")
-        known = set(tokeniser._cache)
+        tokenised, ids = [], tokeniser.words.ids
+        tokeniser.words.ids = lambda text, tokenised=tokenised, ids=ids: tokenised.append(text) or ids(text)
         path.read(prompt + LONG + "<eos>\n<|a|>user\nthe end<eos>\n<|a|>assistant\n")
-        assert set(tokeniser._cache) - known == {("<|a|>", "user\nthe end")}
+        assert tokenised == ["user\nthe end"]
 
 
 def test_special_tokens_of_messages_are_read_as_text():

@@ -13,10 +13,11 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from types import BuiltinMethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -31,6 +32,7 @@ from preceptor.errors import TemplateError
 CHARACTERS = 2**27  # of a text, or items of a list, that an operation may make
 _WIDTH = 100_000  # of a field, as in `'%9d'`
 _BITS = 2**22  # of an integer
+_WIDE_FIELD = r"%[^%a-zA-Z]*(?:\d{6}|\*)"
 SETTINGS: Mapping[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
 
 
@@ -55,7 +57,7 @@ def check_binop(operator: str, left: Any, right: Any) -> None:
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
         _require_bits(left.bit_length() * right)
     elif operator == "%" and isinstance(left, str):
-        _require_narrow(left, r"%[^%a-zA-Z]*(?:\d{6}|\*)")
+        _require_narrow(left, _WIDE_FIELD)
 
 
 def _require(size: int) -> None:
@@ -97,10 +99,6 @@ def _join(text: Any, arguments: Sequence[Any]) -> None:
         _require(len(items) * _length(text) + sum(_length(item) for item in items))
 
 
-def _join_filter(items: Any, arguments: Sequence[Any]) -> None:
-    _join(arguments[0] if arguments else "", (items,))
-
-
 def _translate(text: Any, arguments: Sequence[Any]) -> None:
     table = arguments[0] if arguments else None
     if isinstance(table, Mapping):
@@ -111,19 +109,19 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes) else 0
 
 
-_GROWING: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
+_GrowthCheck = Callable[[Any, Sequence[Any]], None]  # of what is changed, and of the arguments
+_GROWING_METHODS: Mapping[str, _GrowthCheck] = {
     **dict.fromkeys(("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"), _width),
     "replace": _replace,
     "join": _join,
     "translate": _translate,
 }
-GROWING_METHODS = frozenset(_GROWING)
-GROWING_FILTERS: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
+_GROWING_FILTERS: Mapping[str, _GrowthCheck] = {
     **dict.fromkeys(("center", "batch", "slice", "tojson", "wordwrap"), _width),
-    "format": lambda form, _: _require_narrow(str(form), r"%[^%a-zA-Z]*(?:\d{6}|\*)"),
+    "format": lambda form, _: _require_narrow(str(form), _WIDE_FIELD),
     "indent": _indent,
     "replace": _replace,
-    "join": _join_filter,
+    "join": lambda items, arguments: _join(arguments[0] if arguments else "", (items,)),
 }
 
 
@@ -136,13 +134,8 @@ class GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 (the name and type are Jinja's)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_render_body")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(lineno)
-
-    def _render_body(self, caller: Any) -> Any:
-        return caller()
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 _OF_DICT = frozenset(dir(dict))
@@ -165,10 +158,9 @@ class Code(CodeGenerator):
     @optimizeconst
     def visit_Getattr(self, node: jinja2.nodes.Getattr, frame: Frame) -> None:
         name, of_loop = node.attr, isinstance(node.node, jinja2.nodes.Name) and node.node.name == "loop"
-        if name in _OF_LOOP and of_loop:
-            self._read(node.node, frame, f"of.{name}", "LoopContext", f"getattr(of, {name!r})")
-        elif name in _OF_STR:
-            self._read(node.node, frame, f"of.{name}", "str", f"getattr(of, {name!r})")
+        if (name in _OF_LOOP and of_loop) or name in _OF_STR:
+            kind = "LoopContext" if name in _OF_LOOP and of_loop else "str"
+            self._read(node.node, frame, f"of.{name}", kind, f"getattr(of, {name!r})")
         elif name not in _OF_DICT:
             self._read(node.node, frame, _item(name), "dict", f"getattr(of, {name!r})")
         else:
@@ -199,10 +191,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = Code
     concat = staticmethod(limited_join)  # type: ignore[assignment]
     intercepted_binops = frozenset(("*", "**", "%"))
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._is_safe: dict[tuple[type, str], bool] = {}
+    _is_safe: ClassVar[dict[tuple[type, str], bool]] = {}
 
     @staticmethod
     def join_outputs(values: Iterable[Any]) -> str:
@@ -213,14 +202,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if type(obj) is BuiltinMethodType and type(obj.__self__) is str and obj.__name__ not in GROWING_METHODS:
+        check = _GROWING_METHODS.get(getattr(obj, "__name__", ""))
+        if check is None and type(obj) is BuiltinMethodType and type(obj.__self__) is str:
             for name in _OF_CALLS:
                 kwargs.pop(name, None)
             return obj(*args, **kwargs)  # `format` is not met here: it has been replaced where it was read
-        if getattr(obj, "__name__", None) in GROWING_METHODS and isinstance(
-            getattr(obj, "__self__", None), str | bytes | int
-        ):
-            _GROWING[obj.__name__](obj.__self__, (*args, *kwargs.values()))
+        if check is not None and isinstance(getattr(obj, "__self__", None), str | bytes | int):
+            check(obj.__self__, (*args, *kwargs.values()))
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -230,9 +218,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return guarded
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        key = type(obj), attr
+        key = kind, _ = type(obj), attr
         if key not in self._is_safe:
-            shown = not _is_ours(type(obj)) or any(hasattr(kind, attr) for kind in _others(type(obj)))
+            # What a type of this package is besides; of `dict` as templates have it, what it shows.
+            others = [base for base in kind.__mro__ if base is PlainDict or not (base is object or _is_ours(base))]
+            shown = not _is_ours(kind) or any(hasattr(base, attr) for base in others)
             self._is_safe[key] = shown and super().is_safe_attribute(obj, attr, value)
         return self._is_safe[key]
 
@@ -244,13 +234,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 def _is_ours(kind: type) -> bool:
     return kind.__module__.startswith("preceptor.")
-
-
-def _others(kind: type) -> list[type]:
-    """What a type of this package is besides; of `dict` as templates have it, what it shows."""
-    if kind is PlainDict:
-        return [kind]
-    return [base for base in kind.__mro__ if base is not object and not _is_ours(base)]
 
 
 class PlainDict:
@@ -273,11 +256,11 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+@dataclass(frozen=True)
 class FixedClock:
     """`strftime_now` of a template, always at one time."""
 
-    def __init__(self, date: datetime) -> None:
-        self.date = date
+    date: datetime
 
     def __call__(self, form: str) -> str:
         return self.date.strftime(form)
@@ -288,19 +271,20 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def prepare(environment: jinja2.Environment) -> jinja2.Environment:
-    """Give a sandboxed environment the tag, filters and globals that transformers gives its own."""
+def prepare(environment: jinja2.Environment, filters: Mapping[str, Any]) -> jinja2.Environment:
+    """Give a sandboxed environment the tag, globals and filters of transformers, but for those that are given here."""
     environment.add_extension(GenerationTag)
     environment.add_extension(jinja2.ext.loopcontrols)
-    environment.filters["tojson"] = _tojson
-    guard_filters(environment.filters)
+    environment.filters |= {"tojson": _tojson, **filters}
+    for name, check in _GROWING_FILTERS.items():
+        environment.filters[name] = _guarded(environment.filters[name], check)
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": PlainDict()}
     return environment
 
 
 @lru_cache(maxsize=1)
 def plain_environment() -> jinja2.Environment:
-    return prepare(Sandbox(**SETTINGS))
+    return prepare(Sandbox(**SETTINGS), {})
 
 
 @lru_cache(maxsize=256)
@@ -312,25 +296,12 @@ def compiled(text: str) -> jinja2.Template:
 def rendered(text: str, variables: dict[str, Any]) -> str:
     """The template rendered; as `jinja2.Template.render`, which goes through all globals twice for each text."""
     template = compiled(text)
-    context = Context(template.environment, {**_globals(), **variables}, template.name, template.blocks)
-    try:
-        return limited_join(template.root_render_func(context))
-    except Exception:
-        template.environment.handle_exception()
+    globals_ = template.environment.globals
+    context = Context(template.environment, {**globals_, **variables}, template.name, template.blocks)
+    return limited_join(template.root_render_func(context))
 
 
-@lru_cache(maxsize=1)
-def _globals() -> dict[str, Any]:
-    return dict(plain_environment().globals)
-
-
-def guard_filters(filters: dict[str, Any]) -> None:
-    """Put the checks of `limits` before the filters that need them."""
-    for name, check in GROWING_FILTERS.items():
-        filters[name] = _guarded(filters[name], check)
-
-
-def _guarded(function: Callable[..., Any], check: Callable[[Any, Sequence[Any]], None]) -> Callable[..., Any]:
+def _guarded(function: Callable[..., Any], check: _GrowthCheck) -> Callable[..., Any]:
     num_given = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # by Jinja: its context, say
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -381,8 +352,8 @@ class Limits:
         self._num_runs = 0  # that have begun
         self._inside = self._armed = self._mine = False
         self._seen = (0, 0, 0)  # by the timer: the number of a run, how often it was met, memory at first
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._disarmed)
+        if hasattr(os, "register_at_fork"):  # a process that was forked has no timer
+            os.register_at_fork(after_in_child=lambda: setattr(self, "_armed", False))
 
     def __call__(self, name: str) -> "Limits":
         self._name = name
@@ -414,18 +385,14 @@ class Limits:
         signal.setitimer(signal.ITIMER_PROF, 0)
         self._armed = False
 
-    def _disarmed(self) -> None:
-        self._armed = False  # a process that was forked has no timer
-
     def _tick(self, *_: Any) -> None:
         if not self._inside:
             self._stop()
             return
         number, times, memory = self._seen
         if number != self._num_runs:
-            self._seen = self._num_runs, 1, _peak_bytes()
-            return
-        self._seen = number, times + 1, memory
+            times, memory = 0, _peak_bytes()
+        self._seen = self._num_runs, times + 1, memory
         if (times + 1) * _TICK_SECONDS > SECONDS:
             raise RenderLimit(f"a render took more than {SECONDS:g} s")
         if _peak_bytes() - memory > MEMORY_BYTES:

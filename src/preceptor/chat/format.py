@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 
 from preceptor import config
-from preceptor.chat.message_forms import Forms, find_forms
+from preceptor.chat.message_forms import find_forms
+from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import StopTokens, find_stop_tokens
 from preceptor.chat.template import Template, load_template
@@ -58,19 +58,18 @@ def read_limits(path: str, trust_remote_code: bool = False, revision: str | None
     computed = any(getattr(text, name, None) not in (None, False) for name in _COMPUTED)
     no_table = text.model_type in _SINUSOIDS or any(key.startswith(_NO_TABLE) for key in text.to_dict())
     rows = getattr(text, "vocab_size", None)
-    return ModelLimits(
-        path, rows if isinstance(rows, int) else None, positions, longest=None if computed or no_table else positions
-    )
+    longest = None if computed or no_table else positions
+    return ModelLimits(path, rows if isinstance(rows, int) else None, positions, longest)
 
 
-def stop_ids_of(path: str, num_tokens: int, trust_remote_code: bool = False, revision: str | None = None) -> list[int]:
+def _own_stop_ids(path: str, tokenizer: Any, trust_remote_code: bool, revision: str | None) -> list[int]:
     """The tokens at which the model's own generation config stops; its config's, where it has none.
 
-    Raises ModelError for what cannot be read, and for ids that are none of `num_tokens`.
+    Raises ModelError for what cannot be read, and for ids that are none of the tokenizer's.
     """
     from transformers import GenerationConfig
 
-    file = "generation_config.json"
+    file, num_tokens = "generation_config.json", max(tokenizer.get_vocab().values()) + 1
     try:
         found: Any = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
     except Exception as error:  # whatever it raises for a file of another form
@@ -110,9 +109,8 @@ class ChatFormat:
     tokenizer: Any
     template: Template | None  # None: only plain text is read
     stop_token_ids: tuple[int, ...]  # they end a turn; the tokenizer's eos first
-    added: Mapping[str, int] = field(
-        default_factory=dict
-    )  # special tokens new to the model's tokenizer, with their ids
+    # Special tokens new to the model's tokenizer, with their ids.
+    added: Mapping[str, int] = field(default_factory=dict)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of all conversations; their own win over them
     limits: ModelLimits | None = None  # of the model, where it is to be trained
     doubts: tuple[str, ...] = ()  # where template and model do not agree on what ends a turn
@@ -137,10 +135,7 @@ class ChatFormat:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
+        self, messages: MessageList, tools: Tools = None, template_kwargs: Mapping[str, Any] | None = None
     ) -> str:
         """The text that the model reads before it answers these messages; its `ids` are the context.
 
@@ -150,17 +145,13 @@ class ChatFormat:
         arguments = {**self.template_kwargs, **(template_kwargs or {})}
         return self.template.render(self.fit(messages), tools, add_generation_prompt=True, **arguments)
 
-    def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def fit(self, messages: MessageList) -> list[Mapping[str, Any]]:
         """The messages in the form that the template takes. Raises TemplateError for those that it cannot take."""
+        assert self.template is not None, "a format of plain text has no prompts"
         try:
-            return self._forms.fit(messages)
+            return find_forms(self.template).fit(messages)
         except Rejected as error:
             raise TemplateError(str(error)) from error
-
-    @cached_property
-    def _forms(self) -> Forms:
-        assert self.template is not None
-        return find_forms(self.template)
 
     def renderer(self, data: config.Data) -> Renderer:
         return Renderer(
@@ -198,18 +189,9 @@ def load_chat_format(
     source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     limits = read_limits(path, **source)
     tokenizer: Any = load_tokenizer(path, **source)
-    template = None
-    added: dict[str, int] = {}
-    ends = StopTokens(())
+    template, added, ends = None, {}, StopTokens(())
     own = _own_stop_ids(path, tokenizer, **source)
-    if (
-        data.chat_template is not None
-        or tokenizer.chat_template
-        or any(
-            source.is_pipe or any(not isinstance(example, Document | Completion) for example in source.peek())
-            for source in sources
-        )
-    ):
+    if data.chat_template is not None or tokenizer.chat_template or any(map(_may_hold_conversations, sources)):
         template = load_template(data.chat_template, tokenizer)
         added = add_tokens(tokenizer, template.needed_tokens)
         ends = turn_ends(template, tokenizer, own)
@@ -218,6 +200,10 @@ def load_chat_format(
         template = template if date is None else template.at(date)
     ids = _stop_token_ids(tokenizer, own, ends)
     return ChatFormat(tokenizer, template, ids, added, data.chat_template_kwargs, limits, ends.doubts)
+
+
+def _may_hold_conversations(source: OpenSource) -> bool:
+    return source.is_pipe or any(not isinstance(example, Document | Completion) for example in source.peek())
 
 
 def load_trained_format(path: str, template: str | None = None, trust_remote_code: bool = False) -> ChatFormat:
@@ -229,7 +215,7 @@ def load_trained_format(path: str, template: str | None = None, trust_remote_cod
     folder, revision = place_of(place, "tokenizer_config.json")
     tokenizer: Any = load_tokenizer(folder, trust_remote_code, revision)
     folder, revision = place_of(place, "generation_config.json")
-    own = _own_stop_ids(folder, tokenizer, trust_remote_code=trust_remote_code, revision=revision)
+    own = _own_stop_ids(folder, tokenizer, trust_remote_code, revision)
     return trained_format(path, tokenizer, own, template)
 
 
@@ -320,11 +306,8 @@ def _reserved_token(tokenizer: Any, template: Template) -> str | None:
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special and str(token) not in taken and not any(str(token) in text for text in template.texts.values())
     ]
-    for pattern in (r"\bpad|pad\b|padding|_pad_", r"reserved|unused"):
-        for token in free:
-            if re.search(pattern, token.lower()):
-                return token
-    return None
+    patterns = (r"\bpad|pad\b|padding|_pad_", r"reserved|unused")
+    return next((token for pattern in patterns for token in free if re.search(pattern, token.lower())), None)
 
 
 def turn_ends(template: Template, tokenizer: Any, own: Sequence[int] = ()) -> StopTokens:
@@ -341,15 +324,11 @@ def turn_ends(template: Template, tokenizer: Any, own: Sequence[int] = ()) -> St
             "nothing would end a turn; choose chatml or llama3"
         )
     tokens = found.tokens or (tokenizer.eos_token,)
+    doubts = found.doubts
     if template.stop is None and known and tokens[0] not in known:
         both = f"the chat template ends an answer with {tokens[0]}, the model's own files with {', '.join(known)}"
-        return StopTokens(tokens, (*found.doubts, f"{both}: the tuned model stops at all of them"))
-    return StopTokens(tokens, found.doubts)
-
-
-def _own_stop_ids(path: str, tokenizer: Any, **source: Any) -> list[int]:
-    """The tokens at which the model at `path` stops by its own files."""
-    return stop_ids_of(path, max(tokenizer.get_vocab().values()) + 1, **source)
+        doubts = (*doubts, f"{both}: the tuned model stops at all of them")
+    return StopTokens(tokens, doubts)
 
 
 def _stop_token_ids(tokenizer: Any, own: Sequence[int], ends: StopTokens) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ split there. Shared prefixes exist once.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from preceptor.chat.origins import shared_length
 from preceptor.data.forest import Segment, SegmentKind, Tree
@@ -53,10 +54,10 @@ class GrowingTree:
         num_shared: int = 0,
         message: int | None = None,
     ) -> None:
-        """Add one turn.
+        """Add one turn, message `message` of its conversation; texts: what context and target spell.
 
-        texts: what context and target spell. num_shared: how many of the context's tokens are known to be the first of
-        the last turn's context; they are not compared again. message: which message of the conversation the turn is.
+        num_shared: how many of the context's tokens are known to be the first of the last turn's context: those are not
+        compared again.
         """
         end = self._follow(context, texts[0], num_shared)
         node = Node("target", target, texts[1], weight, message)
@@ -116,10 +117,6 @@ class GrowingTree:
 
 def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
     """The child that shares most first tokens with `ids`, and how many; (None, 0) if none shares any."""
-    best: Node | None = None
-    best_shared = 0
-    for child in node.children:
-        shared = shared_length(child.ids, ids)
-        if shared > best_shared:
-            best, best_shared = child, shared
-    return best, best_shared
+    shared = [(child, shared_length(child.ids, ids)) for child in node.children]
+    best, length = max(shared, key=itemgetter(1), default=(None, 0))
+    return (best, length) if length else (None, 0)

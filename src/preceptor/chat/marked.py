@@ -18,13 +18,13 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, Self, SupportsIndex
 
 import jinja2
 import markupsafe
 from jinja2 import filters, nodes
 
-from preceptor.chat.environment import SETTINGS, Sandbox, check_binop, guard_filters, limited_join, prepare
+from preceptor.chat.environment import SETTINGS, Sandbox, check_binop, limited_join, prepare
 from preceptor.chat.origins import json_body, map_leaves
 
 
@@ -40,32 +40,31 @@ def plain(text: str) -> str:
     return str.__str__(text)
 
 
+def _changing(change: Callable[[str], str]) -> Any:
+    """The method of marked strings that gives them with `change`, one of plain strings that goes by characters."""
+    return lambda self: self._changed(change)
+
+
+def _splitting(split: Callable[..., Sequence[str]]) -> Any:
+    """The method of marked strings that cuts them as `split` does plain ones."""
+    return lambda self, *args, **kwargs: self._split(split, *args, **kwargs)
+
+
 class Marked(str):
     """A string with its atoms; methods that are not defined here give plain strings, whose origins are lost."""
 
     __slots__ = ("atoms",)
     atoms: tuple[Atom, ...]
 
-    def __new__(cls, text: str = "") -> "Marked":
-        return cls.make(text, (Atom(len(text), None),))
-
-    @classmethod
-    def make(cls, text: str, atoms: Sequence[Atom]) -> "Marked":
+    def __new__(cls, text: str = "", atoms: Sequence[Atom] | None = None) -> Self:
+        """Without atoms all of the text is the template's own."""
         marked = str.__new__(cls, text)
-        marked.atoms = tuple(atoms)
+        marked.atoms = (Atom(len(text), None),) if atoms is None else tuple(atoms)
         return marked
 
     @classmethod
     def leaf(cls, index: int, text: str) -> "Marked":
-        return cls.make(text, (Atom(len(text), index),))
-
-    def pieces(self) -> list[str]:
-        """The characters of each atom as plain strings."""
-        text, at, texts = plain(self), 0, []
-        for atom in self.atoms:
-            texts.append(text[at : at + atom.length])
-            at += atom.length
-        return texts
+        return cls(text, (Atom(len(text), index),))
 
     # What the template makes of it -----------------------------------------------------------------------------------
 
@@ -85,14 +84,10 @@ class Marked(str):
 
     def __getitem__(self, key: Any) -> Any:
         text = str.__getitem__(self, key)  # raises IndexError as a plain string would
-        if len(self.atoms) == 1:
-            return self._all_of_one(text)
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            return self._part(text, start, stop) if step == 1 else self._unfollowed(text)
-        index = operator.index(key)
-        index += len(self) if index < 0 else 0
-        return self._part(text, index, index + 1)
+        places = range(len(self))[key]
+        if isinstance(places, int):
+            return self._part(text, places, places + 1)
+        return self._part(text, places.start, places.stop) if places.step == 1 else self._unfollowed(text)
 
     def _part(self, text: str, start: int, stop: int) -> "Marked":
         kept, at = [], 0
@@ -101,7 +96,7 @@ class Marked(str):
             if low < high:
                 kept.append(Atom(high - low, atom.origin))
             at += atom.length
-        return Marked.make(text, kept)
+        return Marked(text, kept)
 
     def __iter__(self) -> Iterator["Marked"]:  # type: ignore[override]
         for index in range(len(self)):
@@ -118,54 +113,28 @@ class Marked(str):
         text = plain(self).rstrip(chars)
         return self._part(text, 0, len(text))
 
-    def upper(self) -> Any:
-        return self._recased(str.upper)
+    upper, lower = _changing(str.upper), _changing(str.lower)
+    title, capitalize = _changing(str.title), _changing(str.capitalize)
 
-    def lower(self) -> Any:
-        return self._recased(str.lower)
+    def _changed(self, change: Callable[[str], str]) -> "Marked":
+        text = change(plain(self))
+        by_atom = changed_by_atom(self, change)
+        return by_atom if plain(by_atom) == text else self._unfollowed(text)
 
-    def title(self) -> Any:
-        return self._recased(str.title)
+    split, rsplit, splitlines = _splitting(str.split), _splitting(str.rsplit), _splitting(str.splitlines)
+    partition, rpartition = _splitting(str.partition), _splitting(str.rpartition)
 
-    def capitalize(self) -> Any:
-        return self._recased(str.capitalize)
-
-    def _recased(self, method: Callable[[str], str]) -> "Marked":
-        text = method(plain(self))
-        if len(self.atoms) == 1:
-            return self._all_of_one(text)
-        cased = [method(piece) for piece in self.pieces()]
-        if "".join(cased) != text:
-            return self._unfollowed(text)
-        return Marked.make(text, [Atom(len(c), atom.origin) for c, atom in zip(cased, self.atoms, strict=True)])
-
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> Any:
-        return self._split(str.split, sep, maxsplit)
-
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> Any:
-        return self._split(str.rsplit, sep, maxsplit)
-
-    def splitlines(self, keepends: bool = False) -> Any:
-        return self._split(str.splitlines, keepends)
-
-    def partition(self, sep: str) -> Any:
-        return tuple(self._split(str.partition, sep))
-
-    def rpartition(self, sep: str) -> Any:
-        return tuple(self._split(str.rpartition, sep))
-
-    def _split(self, method: Callable[..., Sequence[str]], *args: Any) -> list["Marked"]:
+    def _split(self, split: Callable[..., Sequence[str]], *args: Any, **kwargs: Any) -> Sequence["Marked"]:
         """The pieces with their atoms; between any two stands the separator or, where none is given, blank space."""
-        pieces = method(plain(self), *[plain(a) if isinstance(a, str) else a for a in args])
-        if len(self.atoms) == 1:
-            return [self._all_of_one(text) for text in pieces]
-        separator = plain(args[0] or "") if method in (str.split, str.rsplit) else ""
+        named = {name: plain(a) if isinstance(a, str) else a for name, a in kwargs.items()}
+        pieces = split(plain(self), *[plain(a) if isinstance(a, str) else a for a in args], **named)
+        separator = (args[0] if args else named.get("sep")) or "" if split in (str.split, str.rsplit) else ""
         marked, at = [], 0
         for text in pieces:
             at = str.index(self, text, at)
             marked.append(self._part(text, at, at + len(text)))
             at += len(text) + len(separator)
-        return marked
+        return tuple(marked) if isinstance(pieces, tuple) else marked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Any:  # type: ignore[override]
         if not old or isinstance(old, Marked):
@@ -181,14 +150,10 @@ class Marked(str):
     def join(self, items: Iterable[str]) -> Any:
         return join(with_separator(list(items), self))
 
-    def _all_of_one(self, text: str) -> "Marked":
-        """What was made of this single-atom string; all of it counts as of the same origin."""
-        return Marked.make(text, (Atom(len(text), self.atoms[0].origin),))
-
     def _unfollowed(self, text: str) -> "Marked":
         """The result of an operation through which origins are not followed: one origin is kept, several are lost."""
         origins = {atom.origin for atom in self.atoms if atom.length}
-        return Marked.make(text, (Atom(len(text), origins.pop() if len(origins) == 1 else None),))
+        return Marked(text, (Atom(len(text), origins.pop() if len(origins) == 1 else None),))
 
 
 def atoms_of(text: str) -> tuple[Atom, ...]:
@@ -197,10 +162,25 @@ def atoms_of(text: str) -> tuple[Atom, ...]:
     return (Atom(len(text), None),) if text else ()
 
 
+def pieces_of(text: str) -> Iterator[tuple[str, int | None]]:
+    """The characters of each atom as a plain string, and their origin."""
+    characters, at = plain(text), 0
+    for length, origin in atoms_of(text):
+        yield characters[at : at + length], origin
+        at += length
+
+
+def changed_by_atom(text: str, change: Callable[[str], str]) -> Marked:
+    """The text with change(characters) in place of the characters of each atom."""
+    changed = [(change(piece), origin) for piece, origin in pieces_of(text)]
+    atoms = [Atom(len(piece), origin) for piece, origin in changed]
+    return Marked("".join([piece for piece, _ in changed]), atoms)
+
+
 def join(texts: Iterable[str]) -> Marked:
     """The texts one after the other, each with its origins."""
     texts = list(texts)
-    return Marked.make("".join(texts), [atom for text in texts for atom in atoms_of(text)])
+    return Marked("".join(texts), [atom for text in texts for atom in atoms_of(text)])
 
 
 def with_separator(items: Sequence[str], separator: str) -> list[str]:
@@ -222,15 +202,12 @@ def split_by_origin(outputs: Iterable[str]) -> tuple[list[str], list[int | None]
     pieces: list[str] = []
     origins: list[int | None] = []
     for output in outputs:
-        at = 0
-        for atom in atoms_of(output):
-            piece = plain(output)[at : at + atom.length]
-            at += atom.length
-            if origins and origins[-1] == atom.origin:
+        for piece, origin in pieces_of(output):
+            if origins and origins[-1] == origin:
                 pieces[-1] += piece
             elif piece:
                 pieces.append(piece)
-                origins.append(atom.origin)
+                origins.append(origin)
     return pieces, origins
 
 
@@ -264,7 +241,7 @@ class MarkedEnvironment(Sandbox):
         if type(getattr(obj, "__self__", None)) is str and args:
             items = args[0] if obj.__name__ == "join" and isinstance(args[0], list | tuple) else args
             if _any_marked(items):
-                return getattr(Marked(obj.__self__), obj.__name__)(*args, **kwargs)
+                obj = getattr(Marked(obj.__self__), obj.__name__)
         return super().call(context, obj, *args, **kwargs)
 
 
@@ -274,70 +251,63 @@ def _text(value: Any) -> str:
     return _printed(value) if isinstance(value, list | tuple | dict) else str(value)
 
 
-_AS_PRINTED = re.compile(r"'\\x00leaf (\d+)\\x00'")  # a stand-in as Python spells it
-
-
-def _printed(value: Any) -> str:
-    """A list or object as Python prints it, which is how templates spell it that do not ask for JSON."""
-    standing, found = _stand_ins(value)
-    texts = []
-    for index, part in enumerate(_AS_PRINTED.split(str(standing))):
-        if index % 2 == 0:
-            texts.append(part)
-            continue
-        spelled = repr(plain(found[int(part)]))
-        texts += [spelled[0], found[int(part)]._unfollowed(spelled[1:-1]), spelled[-1]]
-    return join(texts) if found else texts[0]
-
-
 class SafeMarked(Marked):
     """What Jinja's filter `safe` makes: text that escapes what is added to it."""
 
     __slots__ = ()
 
+    @classmethod
+    def of(cls, text: str) -> "SafeMarked":
+        return cls(plain(text), atoms_of(text))
+
     def __add__(self, other: Any) -> Any:
-        return SafeMarked.make(*_parts(join((self, _escaped(other))))) if isinstance(other, str) else NotImplemented
+        return SafeMarked.of(join((self, _escaped(other)))) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: Any) -> Any:
-        return SafeMarked.make(*_parts(join((_escaped(other), self)))) if isinstance(other, str) else NotImplemented
-
-
-def _parts(marked: Marked) -> tuple[str, Sequence[Atom]]:
-    return plain(marked), marked.atoms
+        return SafeMarked.of(join((_escaped(other), self))) if isinstance(other, str) else NotImplemented
 
 
 def _escaped(text: str) -> str:
-    if isinstance(text, SafeMarked):
-        return text
-    return join([Marked.make(str(e := markupsafe.escape(p)), [Atom(len(e), a.origin)]) for p, a in _pieces(text)])
-
-
-def _pieces(text: str) -> Iterator[tuple[str, Atom]]:
-    marked = text if isinstance(text, Marked) else Marked(text)
-    return zip(marked.pieces(), marked.atoms, strict=True)
+    return text if isinstance(text, SafeMarked) else changed_by_atom(text, lambda piece: str(markupsafe.escape(piece)))
 
 
 # Filters that read characters ----------------------------------------------------------------------------------------
-
-_STAND_IN = re.compile(r"\\u0000leaf (\d+)\\u0000")  # as JSON spells it
 
 
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As transformers' `tojson`; marked strings inside keep their origins.
+    """As transformers' `tojson`; marked strings inside keep their origins."""
 
-    Every marked string is replaced by a stand-in, the whole is encoded by `json.dumps`, and the stand-ins are then
-    replaced by the strings as JSON spells them.
-    """
+    def encoded(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def as_json(marked: Marked) -> str:
+        return changed_by_atom(marked, lambda piece: json_body(piece, ensure_ascii))
+
+    return _spelled(value, encoded, _IN_JSON, as_json)
+
+
+def _printed(value: Any) -> str:
+    """A list or object as Python prints it, which is how templates spell it that do not ask for JSON."""
+
+    def as_printed(marked: Marked) -> str:
+        spelled = repr(plain(marked))
+        return join([spelled[0], marked._unfollowed(spelled[1:-1]), spelled[-1]])
+
+    return _spelled(value, str, _IN_PRINT, as_printed)
+
+
+_IN_JSON = re.compile(r"\\u0000leaf (\d+)\\u0000")  # a stand-in as JSON spells it
+_IN_PRINT = re.compile(r"'\\x00leaf (\d+)\\x00'")  # and as Python does
+
+
+def _spelled(value: Any, spell: Callable[[Any], str], stand_in: re.Pattern[str], leaf: Callable[[Marked], str]) -> str:
+    """What `spell` makes of a value, with a stand-in for every marked string in it, which `leaf` spells then."""
     standing, found = _stand_ins(value)
-    encoded = json.dumps(standing, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    if not found:
-        return encoded
-    texts: list[str] = []
-    for index, part in enumerate(_STAND_IN.split(encoded)):
-        texts.append(_json_body(found[int(part)], ensure_ascii) if index % 2 else part)
-    return join(texts)
+    parts = stand_in.split(spell(standing)) if found else [spell(standing)]
+    texts = [leaf(found[int(part)]) if at % 2 else part for at, part in enumerate(parts)]
+    return join(texts) if found else texts[0]
 
 
 def _stand_ins(value: Any) -> tuple[Any, list[Marked]]:
@@ -355,12 +325,6 @@ def _stand_ins(value: Any) -> tuple[Any, list[Marked]]:
         return item
 
     return stand_in(value), found
-
-
-def _json_body(marked: Marked, ensure_ascii: bool) -> Marked:
-    """The string as JSON spells it between the quotes, atom by atom."""
-    bodies = [json_body(piece, ensure_ascii) for piece in marked.pieces()]
-    return Marked.make("".join(bodies), [Atom(len(b), a.origin) for b, a in zip(bodies, marked.atoms, strict=True)])
 
 
 def _join(context: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
@@ -384,10 +348,9 @@ def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = Fal
 
 
 def _replace(context: nodes.EvalContext, s: str, old: str, new: str, count: int | None = None) -> str:
-    if not _any_marked((s, old, new)):
-        return filters.do_replace(context, s, old, new, count)
-    marked = s if isinstance(s, Marked) else Marked(s)
-    return str(marked.replace(old, new, -1 if count is None else count))
+    if not isinstance(s, Marked) and _any_marked((old, new)):
+        s = Marked(s)
+    return filters.do_replace(context, s, old, new, count)
 
 
 _CONVERSION = re.compile(r"%(?:\(([^()]*)\))?([-#0 +]*\d*(?:\.\d+)?[a-zA-Z%])")
@@ -412,14 +375,6 @@ def _percent(form: str, values: Any) -> str:
     return made if plain(made) == plain(text) else text
 
 
-def _format(value: Any, *args: Any, **kwargs: Any) -> str:
-    return _percent(_text(value), kwargs or args)
-
-
-def _trim(value: Any, chars: str | None = None) -> str:
-    return _text(value).strip(chars)
-
-
 def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that would read marked strings without asking them gets plain ones: their origins are lost."""
 
@@ -435,30 +390,27 @@ rejectattr reverse select selectattr slice sort sum unique"""
 
 _FILTERS: Mapping[str, Callable[..., Any]] = {
     "capitalize": lambda value: _text(value).capitalize(),
-    "format": _format,
+    "format": lambda value, *args, **kwargs: _percent(_text(value), kwargs or args),
     "indent": _indent,
     "join": jinja2.pass_eval_context(_join),
     "lower": lambda value: _text(value).lower(),
     "replace": jinja2.pass_eval_context(_replace),
-    "safe": lambda value: SafeMarked.make(*_parts(join([_text(value)]))),
+    "safe": lambda value: SafeMarked.of(_text(value)),
     "string": _text,
     "tojson": _tojson,
-    "trim": _trim,
+    "trim": lambda value, chars=None: _text(value).strip(chars),
     "upper": lambda value: _text(value).upper(),
 }
 
 
 @lru_cache(maxsize=1)
-def marked_environment() -> jinja2.Environment:
-    environment = prepare(MarkedEnvironment(**SETTINGS, finalize=_text))
-    for name, function in list(environment.filters.items()):
-        if name not in _TRANSPARENT.split():
-            environment.filters[name] = _losing(function)
-    environment.filters |= _FILTERS
-    guard_filters(environment.filters)
-    return environment
+def _marked_environment() -> jinja2.Environment:
+    environment = MarkedEnvironment(**SETTINGS, finalize=_text)
+    reading = {name: filter for name, filter in environment.filters.items() if name not in _TRANSPARENT.split()}
+    environment.filters |= {name: _losing(filter) for name, filter in reading.items()}
+    return prepare(environment, _FILTERS)
 
 
 @lru_cache(maxsize=256)
 def compiled_marked(text: str) -> jinja2.Template:
-    return marked_environment().from_string(text)
+    return _marked_environment().from_string(text)

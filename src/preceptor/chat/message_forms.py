@@ -10,9 +10,11 @@ is found once, by rendering small conversations.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
+from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.template import Template
 from preceptor.data.examples import Rejected
 
@@ -30,6 +32,8 @@ _PRINTED = re.compile(r"""['"]text['"]: ?['"]probe one""")  # a list of parts as
 _WITHIN = re.escape(json.dumps(_ARGUMENTS)).join(("['{]", "['}]"))  # a string of JSON that Python printed, or a set
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 
+_KINDS = {str: "a string inside a string", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+
 IdForm = Literal["any", "nine", "named"]
 
 
@@ -45,9 +49,9 @@ class Forms:
     otherwise, or ends its prompts otherwise.
     """
 
-    texts: frozenset[str]
-    parts: frozenset[str]
-    one_part: frozenset[str]
+    texts: set[str]
+    parts: set[str]
+    one_part: set[str]
     object_arguments: bool
     string_arguments: bool
     absent_content: bool
@@ -59,7 +63,7 @@ class Forms:
     tools: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def fit(self, messages: MessageList) -> list[Mapping[str, Any]]:
         """The messages in forms that the template takes; those in which nothing has to change are the same objects.
 
         Raises Rejected where a call's arguments are no JSON object.
@@ -91,7 +95,8 @@ class Forms:
             if role not in self.texts and role in self.one_part:
                 content = [_part(content)]
         elif role not in self.parts and role in self.texts | self.one_part:
-            content = joined_parts(content, role)
+            # As servers join them: with line ends; but an assistant wrote one text, in one piece.
+            content = ("" if role == "assistant" else "\n").join(part["text"] for part in content)
             content = content if role in self.texts else [_part(content)]
         return given if content is given.get("content") else {**given, "content": content}
 
@@ -167,11 +172,11 @@ def arguments_object(given: Any, where: str) -> dict[str, Any]:
             value = json.loads(given, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             shown = given if len(given) <= 60 else given[:60] + "…"
-            raise Rejected(
-                "arguments_not_object", f"{where}.function.arguments: {shown!r} is no JSON ({error})"
-            ) from error
+            found = f"{where}.function.arguments: {shown!r} is no JSON ({error})"
+            raise Rejected("arguments_not_object", found) from error
     if not isinstance(value, dict):
-        raise Rejected("arguments_not_object", f"{where}.function.arguments: it is {_kind(value)}")
+        kind = _KINDS.get(type(value), "null inside a string")
+        raise Rejected("arguments_not_object", f"{where}.function.arguments: it is {kind}")
     return value
 
 
@@ -179,24 +184,13 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def _kind(value: Any) -> str:
-    names = {str: "a string inside a string", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null inside a string")
-
-
-def joined_parts(parts: Sequence[Any], role: str) -> str:
-    """Text parts as one string, as servers join them: with line ends; an assistant wrote one text, in one piece."""
-    return ("" if role == "assistant" else "\n").join(part["text"] for part in parts)
-
-
 # What a template takes -----------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=8)
 def find_forms(template: Template) -> Forms:
     """Learn from small renders what the template takes."""
-    texts: set[str] = set()
-    parts: set[str] = set()
-    one_part: set[str] = set()
+    texts, parts, one_part = (set[str]() for _ in range(3))
 
     def try_role(role: str, before: Sequence[Any], after: Sequence[Any] = (), tools: Any = None) -> None:
         fields = {"tool_call_id": _ID, "name": "probe_name"} if role == "tool" else {}
@@ -217,19 +211,12 @@ def find_forms(template: Template) -> Forms:
     thought = [{"type": "thinking", "thinking": _FIRST}, _part(_SECOND)]
     text = _rendered(template, [asked, {"role": "assistant", "content": thought}], None)
     thinks = _FIRST in text and _SECOND in text and "'thinking'" not in text and '"thinking"' not in text
-    found = Forms(frozenset(texts), frozenset(parts), frozenset(one_part), thinking_parts=thinks, **calls)
-    turn = {"role": "assistant", "content": None, "tool_calls": [_call(_ARGUMENTS, _ID)]}
-    try_role("tool", found.fit([asked, turn]), tools=[_TOOL])
     settings = _find_settings(template, asked)
     tools = "probe_tool" in _rendered(template, [asked], [_TOOL], add_generation_prompt=True)
-    return replace(
-        found,
-        tools=tools,
-        texts=frozenset(texts),
-        parts=frozenset(parts),
-        one_part=frozenset(one_part),
-        settings=settings,
-    )
+    found = Forms(texts, parts, one_part, thinking_parts=thinks, tools=tools, settings=settings, **calls)
+    turn = {"role": "assistant", "content": None, "tool_calls": [_call(_ARGUMENTS, _ID)]}
+    try_role("tool", found.fit([asked, turn]), tools=[_TOOL])
+    return found
 
 
 def _find_settings(template: Template, asked: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -248,9 +235,9 @@ def _find_settings(template: Template, asked: Mapping[str, Any]) -> tuple[tuple[
 def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -> dict[str, Any]:
     """Of `Forms`, what concerns tool calls; empty: content without text."""
 
-    def shown(arguments: Any, id_: str | None = _ID, **content: Any) -> str:
+    def shown(arguments: Any, id_: str | None = _ID, result: Sequence[Any] = (), **content: Any) -> str:
         turn = {"role": "assistant", **content, "tool_calls": [_call(arguments, id_)]}
-        return _rendered(template, [asked, turn], [_TOOL])
+        return _rendered(template, [asked, turn, *result], [_TOOL])
 
     as_string = json.dumps(_ARGUMENTS)
     of_object = [shown(_ARGUMENTS), shown(_ARGUMENTS, content=empty)]
@@ -264,11 +251,9 @@ def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -
     arguments, content = _ARGUMENTS if takes_object else as_string, {} if absent else {"content": empty}
 
     def answered(id_: str | None, name: str | None = "probe_name") -> bool:
-        turn = {"role": "assistant", **content, "tool_calls": [_call(arguments, id_)]}
-        result = {key: value for key, value in (("tool_call_id", id_), ("name", name)) if value}
-        said = empty if empty else "probe"
-        messages = [asked, turn, {"role": "tool", "content": said, **result}]
-        return "probe value" in _rendered(template, messages, [_TOOL])
+        names = {key: value for key, value in (("tool_call_id", id_), ("name", name)) if value}
+        result = {"role": "tool", "content": empty or "probe", **names}
+        return "probe value" in shown(arguments, id_, [result], **content)
 
     takes = answered(_ID)
     named = "probe_name" not in shown(arguments, **content)
@@ -292,7 +277,5 @@ def _call(arguments: Any, id_: str | None) -> dict[str, Any]:
     return call if id_ is None else {"id": id_, **call}
 
 
-def _rendered(
-    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **arguments: Any
-) -> str:
+def _rendered(template: Template, messages: MessageList, tools: Tools, **arguments: Any) -> str:
     return template.render_or_none(messages, tools, **arguments) or ""

@@ -26,6 +26,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import jinja2
@@ -44,10 +45,7 @@ _STATEFUL = {"cycler", "joiner"}  # what besides namespaces changes while a temp
 
 
 class LooksAhead(BaseException):
-    """The template asked for what is not the same in a shorter conversation.
-
-    No Exception, since tests of Jinja's (`is sequence`) take those for an answer.
-    """
+    """The template asked for what differs in a shorter conversation. No Exception, for the reason of `RenderLimit`."""
 
 
 class Request(NamedTuple):
@@ -71,20 +69,10 @@ class Line:
     state: list[dict[str, Any]] = field(default_factory=list)  # of the namespaces, in the order of their making
 
 
-class Written(NamedTuple):
-    """What was written for one render: the first `num_shared` outputs of a line, then these."""
-
-    line: Line
-    num_shared: int
-    outputs: list[str]
-
-
 def raised_in_pass(error: Exception) -> bool:
     """Whether an error was raised by what stands in this file, and not by the template."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__") == __name__
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == __name__
 
 
 class OnePass:
@@ -101,7 +89,8 @@ class OnePass:
         self._outputs: list[str] = []  # that are no line's yet
         self._common: list[str] = []  # outputs before the first world
         self._turns_left = _FEW_TURNS + _WORTH * sum(one.num_messages for one in asked)
-        self._written: dict[Request, Written] = {}
+        # What was written for each render: the first outputs of a line, how many, and what follows them.
+        self._written: dict[Request, tuple[Line, int, list[str]]] = {}
 
     def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> dict[Request, str]:
         """The renders; those of a line are made one from another. Raises LooksAhead, and what the template raises."""
@@ -112,7 +101,7 @@ class OnePass:
             "__pass__": self,
         }
         for output in template.root_render_func(template.new_context({**variables, **own})):
-            self._outputs.append(output)
+            self._outputs.append(output)  # which is another list in each world
         texts: dict[Request, str] = {}
         heads: dict[Line, tuple[int, str]] = {}  # of the last render on a line: the next begins with a little more
         for asked, (line, num_shared, outputs) in self._written.items():
@@ -130,21 +119,18 @@ class OnePass:
             del self._namespaces[len(state) :]
             self._put_back(state)
             yield None
-            self._written[asked] = Written(self._line, len(self._line.outputs), self._outputs)
+            self._written[asked] = self._line, len(self._line.outputs), self._outputs
             self._outputs = []
 
     # What the template asks ------------------------------------------------------------------------------------------
 
     def has(self, index: int) -> bool:
         """Whether there is a message of this number."""
-        if self._now is None:
-            if index >= self._asked[0].num_messages:
-                raise LooksAhead
-            return True
-        if index >= self._now.num_messages:
-            self._read_the_end = True
-            return False
-        return True
+        if self._now is None and index >= self._asked[0].num_messages:
+            raise LooksAhead
+        there_is = self._now is None or index < self._now.num_messages
+        self._read_the_end = self._read_the_end or not there_is
+        return there_is
 
     def message(self, index: int) -> Any:
         if not self.has(index):
@@ -184,7 +170,8 @@ class OnePass:
             line = self._lines[key] = Line([*self._common, *self._outputs], messages.start, state)
         self._put_back(line.state)
         self._line, self._outputs, self._read_the_end = line, [], False
-        return LoopFrom(self, messages, line.item - messages.start)
+        assert self._now is not None
+        return LoopFrom(self, messages, line.item - messages.start, self._now.num_messages)
 
     def ends_turn(self, item: int) -> None:
         """BODY is through with the message before `item`."""
@@ -195,10 +182,6 @@ class OnePass:
             self._line.outputs += self._outputs
             self._outputs = []
             self._line.item, self._line.state = item, self._state(len(self._line.state))
-
-    def begins_turn(self, item: int) -> bool:
-        assert self._now is not None
-        return item < self._now.num_messages
 
     def _state(self, num_namespaces: int) -> list[dict[str, Any]]:
         return [dict(_attributes(namespace)) for namespace in self._namespaces[:num_namespaces]]
@@ -234,20 +217,13 @@ class Messages(Sequence[Any]):
     """The messages from number `start` on, as many as this world has; tells the pass what it is asked."""
 
     def __init__(self, one_pass: OnePass, start: int) -> None:
-        self._pass = one_pass
-        self.start = start
+        self._pass, self.start = one_pass, start
 
     def __bool__(self) -> bool:
         return self._pass.has(self.start)
 
     def __len__(self) -> int:
         return max(0, self._pass.world().num_messages - self.start)
-
-    def __iter__(self) -> Iterator[Any]:
-        at = self.start
-        while self._pass.has(at):
-            yield self._pass.message(at)
-            at += 1
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
@@ -256,10 +232,9 @@ class Messages(Sequence[Any]):
                 return Messages(self._pass, self.start + first)
             return list(self)[key]
         index = operator.index(key)
+        index += len(self) if index < 0 else 0
         if index < 0:
-            index += len(self)
-            if index < 0:
-                raise IndexError(key)
+            raise IndexError(key)
         return self._pass.message(self.start + index)
 
     def __eq__(self, other: object) -> bool:
@@ -269,22 +244,18 @@ class Messages(Sequence[Any]):
 
 
 class LoopFrom:
-    """Messages from `at` on, for a loop that believes to have come there from the first."""
+    """Messages from `at` on, up to number `end`, for a loop that believes to have come there from the first."""
 
-    def __init__(self, one_pass: OnePass, messages: Messages, at: int) -> None:
-        self.one_pass = one_pass
-        self.messages = messages
-        self.at = at
+    def __init__(self, one_pass: OnePass, messages: Messages, at: int, end: int) -> None:
+        self.one_pass, self.messages, self.at, self.end = one_pass, messages, at, end
 
     def __len__(self) -> int:
         return len(self.messages)
 
     def __iter__(self) -> Iterator[Any]:
-        item = self.messages.start + self.at
-        while self.one_pass.begins_turn(item):
+        for item in range(self.messages.start + self.at, self.end):
             yield self.one_pass.message(item)
-            item += 1
-            self.one_pass.ends_turn(item)
+            self.one_pass.ends_turn(item + 1)
 
 
 class LoopFromContext(LoopContext):
@@ -342,9 +313,8 @@ def _compiled(environment: jinja2.Environment, text: str, head_again: bool) -> j
     tree.body = [worlds] if head_again else [*head, worlds]
     worlds.set_lineno(main.lineno)
     worlds.set_environment(environment)
-    template = environment.template_class.from_code(
-        environment, environment.compile(tree), environment.make_globals({})
-    )
+    code = environment.compile(tree)
+    template = environment.template_class.from_code(environment, code, environment.make_globals({}))
     template.root_render_func.__globals__["LoopContext"] = LoopFromContext
     return template
 
@@ -355,11 +325,9 @@ def _ask(name: str, *arguments: nodes.Expr) -> nodes.Filter:
 
 def _keeps_state(tree: nodes.Template) -> bool:
     """Whether anything but a namespace outlives a turn of the loop, or the template is spread over several files."""
-    if any(name.name in _STATEFUL for name in tree.find_all(nodes.Name)):
-        return True
-    if any(attribute.attr == "changed" for attribute in tree.find_all(nodes.Getattr)):
-        return True
-    if any(tree.find(kind) is not None for kind in _OTHER_FORMS):
+    stateful = any(name.name in _STATEFUL for name in tree.find_all(nodes.Name))
+    changed = any(attribute.attr == "changed" for attribute in tree.find_all(nodes.Getattr))
+    if stateful or changed or any(tree.find(kind) is not None for kind in _OTHER_FORMS):
         return True
     # A namespace that is held by anything but the name that it was made under would not be put back.
     made = [node for node in tree.find_all(nodes.Assign) if _makes_namespace(node.node)]

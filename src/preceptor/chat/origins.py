@@ -19,7 +19,6 @@ and by the role before.
 """
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +27,9 @@ from typing import Any, NamedTuple
 from jinja2 import nodes
 
 from preceptor.chat.environment import parsed
+
+MessageList = Sequence[Mapping[str, Any]]  # as the chat-completions format has them
+Tools = Sequence[Mapping[str, Any]] | None
 
 _NAMES = ("role", "type")  # names that a template reads as such, not text; but inside a call's arguments all is text
 
@@ -58,35 +60,27 @@ def leaves_of(message: Mapping[str, Any], index: int) -> list[Leaf]:
         if isinstance(value, str):
             leaves.append(Leaf(index, (key,), value))
         elif value is not None:
-            leaves += _leaves_in(value, index, (key,), _NAMES)
+            _walk(value, (key,), _NAMES, lambda path, text: leaves.append(Leaf(index, path, text)))
     return leaves
-
-
-def _leaves_in(value: Any, index: int, path: tuple[str | int, ...], names: Sequence[str]) -> Iterator[Leaf]:
-    if isinstance(value, str):
-        yield Leaf(index, path, value)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key not in names:
-                yield from _leaves_in(inner, index, (*path, key), _names_below(key, names))
-    elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from _leaves_in(inner, index, (*path, place), names)
 
 
 def map_leaves(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The message with change(text) in place of every leaf, called in the order of `leaves_of`."""
+    named = message.items()
+    return {k: v if k in _NAMES else _walk(v, (k,), _NAMES, lambda _, text: change(text)) for k, v in named}
 
-    def walk(value: Any, names: Sequence[str]) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, Mapping):
-            return {k: inner if k in names else walk(inner, _names_below(k, names)) for k, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [walk(inner, names) for inner in value]
-        return value
 
-    return {key: value if key in _NAMES else walk(value, _NAMES) for key, value in message.items()}
+def _walk(value: Any, path: tuple[str | int, ...], names: Sequence[str], change: Callable[[Any, str], Any]) -> Any:
+    if isinstance(value, str):
+        return change(path, value)
+    if isinstance(value, Mapping):
+        return {
+            key: inner if key in names else _walk(inner, (*path, key), _names_below(key, names), change)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_walk(inner, (*path, place), names, change) for place, inner in enumerate(value)]
+    return value
 
 
 def shape_of(value: Any, names: Sequence[str] = _NAMES) -> Any:
@@ -156,12 +150,8 @@ class Rendered:
 
     def span(self, leaves: range) -> tuple[int, int] | None:
         """From the first to after the last character that came from these leaves; None if none did."""
-        first, last, at = -1, 0, self._start
-        for piece, origin in zip(self._pieces, self._origins, strict=True):
-            if origin is not None and origin in leaves and piece:
-                first, last = at if first < 0 else first, at + len(piece)
-            at += len(piece)
-        return None if first < 0 else (first, last)
+        places = list(self._places(leaves))
+        return (places[0][0], places[-1][1]) if places else None
 
     def end_before(self, leaves: range, limit: int) -> int:
         """The end of the last character from these leaves that stands before `limit`; 0 if there is none."""
@@ -169,18 +159,15 @@ class Rendered:
 
     def last_leaf(self, leaves: range, limit: int) -> int | None:
         """Which of these leaves the last of their characters before `limit` came from."""
-        return ([None, *(leaf for start, _, leaf in self._places(leaves) if start < limit)])[-1]
+        return [None, *(leaf for start, _, leaf in self._places(leaves) if start < limit)][-1]
 
     def spelled(self, leaf: int) -> str:
         """All characters that came from this leaf, in order."""
         return "".join([piece for piece, origin in zip(self._pieces, self._origins, strict=True) if origin == leaf])
 
-    def runs(self) -> list[tuple[str, bool]]:
-        """The text in runs, each with whether it came from a message."""
-        return [(piece, origin is not None) for piece, origin in self.parts()]
-
     def runs_in(self, text: str, leaves: range) -> list[tuple[str, bool]]:
-        """Another text, in which the pieces of these leaves stand in the same order, in runs as above."""
+        """Another text, in which the pieces of these leaves stand in the same order, in runs: each with whether it came
+        from a message."""
         runs: list[tuple[str, bool]] = []
         at = 0
         for start, end, _ in self._places(leaves):
@@ -241,11 +228,7 @@ class Alignment:
         start = len(prompt) - len(self.dropped)
         if len(text) != start + len(filled) or not text.endswith(filled):
             return None
-        if self.dropped:
-            if not prompt.endswith(self.dropped):
-                return None
-            prompt = prompt[:start]
-        if not text.startswith(prompt):
+        if not prompt.endswith(self.dropped) or not text.startswith(prompt[:start]):
             return None
         return Rendered(text, pieces, origins, start)
 
@@ -253,9 +236,7 @@ class Alignment:
 def alignment_of(prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: range) -> Alignment | None:
     """The alignment that a render with marks shows; None where it does something else to the turn's leaves."""
     text, span = rendered.text, rendered.span(own)
-    start = shared_length(prompt, text)
-    if span is not None:
-        start = min(start, span[0])
+    start = min(shared_length(prompt, text), span[0] if span else len(text))
     if len(prompt) - start > _LONGEST_DROPPED:
         return None
     parts: list[Part] = []
@@ -280,11 +261,10 @@ def _questions(template: str) -> tuple[tuple[str, ...], frozenset[str]]:
     """The strings that a template looks for in texts, and those that it compares texts with."""
     tree = parsed(template)
     asking = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) in _ASKING]
-    contained = {text for call in asking for text in _strings(call.args)}
-    contained |= {text for assigned in tree.find_all(nodes.Assign) for text in _strings([assigned.node])}
-    contained |= {
-        text for filter in tree.find_all(nodes.Filter) if filter.name == "replace" for text in _strings(filter.args)
-    }
+    replacing = [filter for filter in tree.find_all(nodes.Filter) if filter.name == "replace"]
+    contained = _strings(arg for call in asking for arg in call.args)
+    contained |= _strings(arg for filter in replacing for arg in filter.args)
+    contained |= _strings(assigned.node for assigned in tree.find_all(nodes.Assign))
     equal: set[str] = set()
     for compare in tree.find_all(nodes.Compare):
         for operand in compare.ops:
@@ -314,16 +294,13 @@ def kind_of(
 
 @dataclass(eq=False, slots=True)
 class Alignments:
-    """The alignments that were learnt, by the kind of message; the least recently used are forgotten."""
+    """The alignments that were learnt, by the kind of message."""
 
-    _of_kind: OrderedDict[Hashable, list[Alignment]] = field(default_factory=OrderedDict)
+    _of_kind: dict[Hashable, list[Alignment]] = field(default_factory=dict)
 
     def fit(self, kind: Hashable, prompt: str, text: str, leaves: Sequence[Leaf], own: range) -> Rendered | None:
         """The render with the places of the turn's own leaves, by the first alignment that gives it."""
-        known = self._of_kind.get(kind)
-        if known is None:
-            return None
-        self._of_kind.move_to_end(kind)
+        known = self._of_kind.get(kind, [])
         for place, alignment in enumerate(known):
             found = alignment.fit(prompt, text, leaves, own)
             if found is not None:
@@ -337,9 +314,8 @@ class Alignments:
         alignment = alignment_of(prompt, rendered, leaves, own)
         if alignment is None:
             return
+        if len(self._of_kind) >= _MAX_KINDS:
+            self._of_kind.clear()
         known = self._of_kind.setdefault(kind, [])
-        self._of_kind.move_to_end(kind)
         known.insert(0, alignment)
         del known[_MAX_PER_KIND:]
-        if len(self._of_kind) > _MAX_KINDS:
-            self._of_kind.popitem(last=False)

@@ -1,9 +1,10 @@
 """Reasoning in a turn and in a prompt: which fields and tags hold it, and what a model that reasons must generate."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from preceptor.chat.origins import MessageList
 from preceptor.data.examples import Rejected
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -22,7 +23,7 @@ _EMPTY_AT_END = re.compile(rf"(?:(?:{_OPEN})\s*)?(?:{_CLOSE})\s*$")
 _EMPTY_AT_START = re.compile(rf"\s*(?:(?:{_OPEN})\s*)?(?:{_CLOSE})")
 _TAGS_AT_START = re.compile(rf"(?:\s*(?:{_OPEN}|{_CLOSE}))*\s*")
 _ANY_TAG = re.compile(f"{_OPEN}|{_CLOSE}")
-_ANY_CLOSE = re.compile(_CLOSE)
+ANY_CLOSE = re.compile(_CLOSE)
 _LINE_END = re.compile(r"\s*?(?:\n|$)")
 _TAIL = 256  # characters at the end of a prompt in which a reasoning block is looked for
 
@@ -37,11 +38,8 @@ def content_text(given: Mapping[str, Any]) -> str:
 
 def reasoning_text(given: Mapping[str, Any]) -> str:
     """The reasoning that a message holds in a field of its own; "" if none."""
-    for name in REASONING_FIELDS:
-        value = given.get(name)
-        if isinstance(value, str) and value.strip():
-            return value
-    return ""
+    values = (given.get(name) for name in REASONING_FIELDS)
+    return next((value for value in values if isinstance(value, str) and value.strip()), "")
 
 
 class Block(NamedTuple):
@@ -86,16 +84,12 @@ class Reading(NamedTuple):
     """Messages with their reasoning in one form; as_given: what a turn generates may be its content as it is, even
     where no render of the template holds it."""
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: MessageList
     as_given: bool = False
 
 
 def readings(
-    messages: Sequence[Mapping[str, Any]],
-    turns: Collection[int],
-    tags: Mapping[str, str],
-    takes_field: bool,
-    takes_parts: bool,
+    messages: MessageList, turns: Collection[int], tags: Mapping[str, str], takes_field: bool, takes_parts: bool
 ) -> Iterator[Reading]:
     """The ways to give a template the reasoning of assistants' messages, in the order in which they are tried.
 
@@ -122,17 +116,15 @@ def readings(
     }
     if apart and takes_field:
         yield Reading(_changed(messages, {**empty, **apart}))
-    if takes_parts:
-        in_parts = _thinking_parts(_changed(messages, {**empty, **apart}))
-        if in_parts:
-            yield Reading(_changed(messages, {**empty, **in_parts}))
+    if takes_parts and (in_parts := _thinking_parts(_changed(messages, {**empty, **apart}))):
+        yield Reading(_changed(messages, {**empty, **in_parts}))
     if full:
         yield Reading(whole, as_given=True)
     if empty:
         yield Reading(messages, as_given=True)
 
 
-def _blocks(messages: Sequence[Mapping[str, Any]], turns: Collection[int], tags: Mapping[str, str]) -> dict[int, Block]:
+def _blocks(messages: MessageList, turns: Collection[int], tags: Mapping[str, str]) -> dict[int, Block]:
     """The blocks at the start of assistants' contents that end. Raises Rejected for a turn that is not finished."""
     blocks: dict[int, Block] = {}
     for k, given in enumerate(messages) if tags else ():
@@ -142,25 +134,20 @@ def _blocks(messages: Sequence[Mapping[str, Any]], turns: Collection[int], tags:
         if k in turns and not block.closed:
             raise Rejected("reasoning_unclosed", f"messages[{k}].content begins with {block.tag}")
         if k in turns and not block.answer.strip() and not given.get("tool_calls"):
-            where, helps = (
-                f"messages[{k}].content ends with {tags[block.tag]}",
-                "add an answer, or set train: false on it",
-            )
-            raise Rejected("empty_answer", where, helps)
+            where = f"messages[{k}].content ends with {tags[block.tag]}"
+            raise Rejected("empty_answer", where, "add an answer, or set train: false on it")
         if block.closed:
             blocks[k] = block
     return blocks
 
 
-def _changed(
-    messages: Sequence[Mapping[str, Any]], changes: Mapping[int, Mapping[str, Any]]
-) -> Sequence[Mapping[str, Any]]:
+def _changed(messages: MessageList, changes: Mapping[int, Mapping[str, Any]]) -> MessageList:
     if not changes:
         return messages
     return [{**given, **changes[k]} if k in changes else given for k, given in enumerate(messages)]
 
 
-def _thinking_parts(messages: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+def _thinking_parts(messages: MessageList) -> dict[int, dict[str, Any]]:
     """For assistants' messages with a field of reasoning: the content in parts that begin with it."""
     found: dict[int, dict[str, Any]] = {}
     for k, given in enumerate(messages):
@@ -174,22 +161,20 @@ def _thinking_parts(messages: Sequence[Mapping[str, Any]]) -> dict[int, dict[str
 
 def opened_by(prompt: str) -> tuple[str, int]:
     """(the tag of the reasoning block that a prompt leaves open, where it stands); ("", -1) if none."""
-    return _at_end(_OPEN_AT_END, prompt)
+    found = _at_end(_OPEN_AT_END, prompt)
+    return (found.group(1), found.start()) if found else ("", -1)
 
 
 def closed_by(prompt: str) -> int:
     """Where the empty reasoning block starts with which a prompt ends; -1 if it does not."""
-    return _at_end(_EMPTY_AT_END, prompt)[1]
+    found = _at_end(_EMPTY_AT_END, prompt)
+    return found.start() if found else -1
 
 
-def _at_end(pattern: re.Pattern[str], prompt: str) -> tuple[str, int]:
-    tail = prompt[-_TAIL:]
-    if not tail.rstrip().endswith(_ALL_TAGS):  # most prompts; a search takes ten times as long
-        return "", -1
-    found = pattern.search(tail)
-    if found is None:
-        return "", -1
-    return found.group(1) if found.re.groups else found.group(), len(prompt) - len(tail) + found.start()
+def _at_end(pattern: re.Pattern[str], prompt: str) -> re.Match[str] | None:
+    if not prompt[-_TAIL:].rstrip().endswith(_ALL_TAGS):  # most prompts; a search takes ten times as long
+        return None
+    return pattern.search(prompt, max(len(prompt) - _TAIL, 0))
 
 
 def empty_block_end(text: str, at: int) -> int:
@@ -200,14 +185,6 @@ def empty_block_end(text: str, at: int) -> int:
 
 def has_tag(text: str, at: int = 0) -> bool:
     return _ANY_TAG.search(text, at) is not None
-
-
-def closes(text: str) -> bool:
-    return _ANY_CLOSE.search(text) is not None
-
-
-def without_leading_tags(text: str) -> str:
-    return _TAGS_AT_START.sub("", text, count=1)
 
 
 def opens_reasoning_twice(
@@ -247,7 +224,8 @@ def generated_as_given(
     """
     content = content_text(given).strip()
     block, opened = block_of(content, tags), opened_by(prompt)[0]
-    if block is None or given.get("tool_calls") or reasoning_text(given) or without_leading_tags(between).strip():
+    more = _TAGS_AT_START.sub("", between, count=1).strip()
+    if block is None or given.get("tool_calls") or reasoning_text(given) or more:
         return None
     if opened not in ("", block.tag) or (not opened and closed_by(prompt) >= 0):
         return None

@@ -136,7 +136,7 @@ class Renderer:
         }
 
     def __reduce__(self) -> Any:
-        return _rebuilt, (self.tokenizer, self._template, self._chosen())
+        return partial(Renderer, **self._chosen()), (self.tokenizer, self._template)  # in another process: empty caches
 
     def render(self, record: Example) -> Tree | Rejection:
         """The record's tree, its context and target segments; or why it cannot be trained."""
@@ -221,7 +221,7 @@ class Renderer:
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), Path(tokeniser)
             for turn, text, _ in turns:
-                context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
+                context, target, num_shared = self._tokenised(turn, text, path, spelled_out)
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
@@ -275,10 +275,16 @@ class Renderer:
 
     def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> Proved:
         """Turn k, by the first arguments with which there is a target. Raises Rejected."""
+
+        def proved(arguments: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Proved:
+            turn = renders.turn(k, arguments, more)
+            switched = self.switch.value(arguments) if len(attempts) > 1 else None
+            return Proved(turn, target_of(turn, self._stops), switched)
+
         rejected: Rejected | None = None
         for arguments in attempts:
             try:
-                return self._proved_with(renders, k, attempts, arguments)
+                return proved(arguments)
             except Rejected as error:
                 switched = self.switch.value(arguments) is not None  # then its reason is the better one
                 if rejected is None or (switched and rejected.code != "content_changed"):
@@ -293,39 +299,23 @@ class Renderer:
         ]
         for setting, arguments in settings:  # of the turn's render alone: no server needs it
             with suppress(Rejected):
-                return self._proved_with(renders, k, attempts, arguments, setting)
+                return proved(arguments, setting)
         for setting, arguments in settings:
             with suppress(Rejected):
-                self._proved_with(renders, k, attempts, {**arguments, **setting})
-                rejected = rejected.helped_by(
-                    f"set chat_template_kwargs: {json.dumps(setting)}, with which it is proved"
-                )
+                proved({**arguments, **setting})
+                helps = f"set chat_template_kwargs: {json.dumps(setting)}, with which it is proved"
+                rejected = rejected.helped_by(helps)
                 break
         raise rejected
 
-    def _proved_with(
-        self,
-        renders: Renders,
-        k: int,
-        attempts: Sequence[Mapping[str, Any]],
-        arguments: Mapping[str, Any],
-        more: Mapping[str, Any] | None = None,
-    ) -> Proved:
-        turn = renders.turn(k, arguments, more)
-        return Proved(turn, target_of(turn, self._stops), self.switch.value(arguments) if len(attempts) > 1 else None)
-
-    def _tokenised(
-        self, turn: Turn, text: str, tokeniser: Tokeniser, path: Path | None
-    ) -> tuple[Sequence[int], Ids, int]:
+    def _tokenised(self, turn: Turn, text: str, path: Path, spelled_out: bool) -> tuple[Sequence[int], Ids, int]:
         """The ids of a turn's context and target, and how many of the context's stand in the tree already.
 
-        Raises Rejected.
-
-        path: None where special tokens that messages spell out are to be read as plain text.
+        spelled_out: messages spell out special tokens, which are to be read as plain text. Raises Rejected.
         """
-        num_shared = 0
-        if path is None:
-            prompt = turn.prompt_marked().runs()
+        tokeniser, num_shared = path.tokeniser, 0
+        if spelled_out:
+            prompt = [(piece, origin is not None) for piece, origin in turn.prompt_marked().parts()]
             context: Sequence[int] = tokeniser.plain(prompt, self._special.pattern)
             target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special.pattern, before=prompt)
         else:
@@ -392,8 +382,3 @@ class Renderer:
     def _forms(self) -> Forms:
         """Which forms of messages the template takes, with the arguments of all renders."""
         return find_forms(self.template.given(self.template_kwargs))
-
-
-def _rebuilt(tokenizer: Any, template: Template | None, chosen: Mapping[str, Any]) -> Renderer:
-    """A renderer in another process: the same, with empty caches."""
-    return Renderer(tokenizer, template, **chosen)

@@ -30,7 +30,7 @@ def rendering_key(tokenizer: Any, template: Template | None, chosen: Mapping[str
     chosen: all other settings of the renderer.
     """
     known = _tokenizer(tokenizer)
-    if known is None or (template is not None and template.writes_date and not template.clock):
+    if known is None or (template is not None and "strftime_now" in template.names_read and not template.clock):
         return None
     try:
         spelled = json.dumps([_code(), known, template and _template(template), chosen])
@@ -77,23 +77,17 @@ def _template(template: Template) -> list[Any]:
 
 def _dates(template: Template) -> list[str]:
     """What the template can write of its date; the date to the second where it has its form from elsewhere."""
-    found: list[str] = []
-    for clock in template.clock.values():
-        trees = [parsed(text) for text in template.texts.values()]
-        num_read = sum(name.name == "strftime_now" for tree in trees for name in tree.find_all(nodes.Name))
-        forms = [
-            call.args[0].value
-            for tree in trees
-            for call in tree.find_all(nodes.Call)
-            if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now"
-            if len(call.args) == 1 and isinstance(call.args[0], nodes.Const)
-        ]
-        # Whoever asks whether there is a clock (`strftime_now is defined`) reads the name once more, and no date.
-        tests = sum(
-            isinstance(test.node, nodes.Name) and test.node.name == "strftime_now"
-            for tree in trees
-            for test in tree.find_all(nodes.Test)
-        )
-        whole = len(forms) + tests == num_read
-        found += [clock(str(form)) for form in forms] if whole else [clock.date.isoformat()]
-    return found
+    if not template.clock:
+        return []
+    (clock,), trees = template.clock.values(), [parsed(text) for text in template.texts.values()]
+
+    def reads(kind: type[nodes.Call | nodes.Test]) -> list[Any]:
+        asking: list[Any] = [node for tree in trees for node in tree.find_all(kind)]
+        return [node for node in asking if isinstance(node.node, nodes.Name) and node.node.name == "strftime_now"]
+
+    num_read = sum(name.name == "strftime_now" for tree in trees for name in tree.find_all(nodes.Name))
+    arguments = [call.args for call in reads(nodes.Call)]
+    forms = [args[0].value for args in arguments if len(args) == 1 and isinstance(args[0], nodes.Const)]
+    # Whoever asks whether there is a clock (`strftime_now is defined`) reads the name once more, and no date.
+    whole = len(forms) + len(reads(nodes.Test)) == num_read
+    return [clock(str(form)) for form in forms] if whole else [clock.date.isoformat()]

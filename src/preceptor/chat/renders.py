@@ -9,6 +9,7 @@ compared with transformers' own: the first of a run, and then a few in a thousan
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, chain
 from typing import Any
 
@@ -18,9 +19,9 @@ from preceptor.chat.environment import fatal_template_error, limits
 from preceptor.chat.marked import Marked, compiled_marked, marked_message, split_by_origin
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import LooksAhead, OnePass, Request, one_pass, raised_in_pass
-from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves, shared_length
+from preceptor.chat.origins import Alignments, Leaf, MessageList, Rendered, Tools, kind_of, map_leaves, shared_length
 from preceptor.chat.template import Template
-from preceptor.chat.turns import Followed, Turn
+from preceptor.chat.turns import Turn
 from preceptor.data.examples import Rejected
 from preceptor.errors import TemplateError
 
@@ -55,19 +56,16 @@ class Runs:
             raise Rejected("template_rejects", f"up to messages[{request.num_messages - 1}]: {_told(error)}") from error
         self._num_renders += 1
         if self._num_renders <= _COMPARED_RENDERS or self._num_renders % _COMPARE_EVERY == 0:
-            self._compare(renders, request, text)
+            self._compare(renders, request, shown, text)
         return text
 
-    def _compare(self, renders: "Renders", request: Request, text: str) -> None:
-        """Compare a render with transformers'; of a template whose date is fixed, that of today.
-
-        One difference is fatal: raises TemplateError.
-        """
+    def _compare(self, renders: "Renders", request: Request, shown: Sequence[Any], text: str) -> None:
+        """Raises a fatal TemplateError if transformers renders something else; a fixed date is left out of it."""
         if self.template.clock:
-            today = {k: v for k, v in renders.variables(request, renders.shown(request)).items() if k != "strftime_now"}
+            today = {k: v for k, v in renders.variables(request, shown).items() if k != "strftime_now"}
             text = self.template.run(renders.text, today)
         name = self.template.name
-        given = [*renders.messages[: request.num_messages], *renders.shown(request)[request.num_messages :]]
+        given = [*renders.messages[: request.num_messages], *shown[request.num_messages :]]
         try:
             expected = self._tokenizer.apply_chat_template(
                 given,
@@ -83,10 +81,12 @@ class Runs:
                 f"model: {error}. Choose another template"
             ) from error
         if expected != text:
+            at = shared_length(text, expected)
+            here, there = (each[max(at - 20, 0) : at + 40] for each in (text, expected))
             raise fatal_template_error(
                 f"template {name}: transformers renders another text, so the model would be trained on what no server "
-                f"builds (does the template write a random choice or the time of day?): {_difference(text, expected)}. "
-                "Choose another template"
+                f"builds (does the template write a random choice or the time of day?): {here!r} here, {there!r} "
+                "there. Choose another template"
             )
 
     def in_one_pass(self, renders: "Renders", requests: Sequence[Request], head_again: bool) -> dict[Request, str]:
@@ -94,11 +94,10 @@ class Runs:
 
         head_again: also if what stands before the main loop has to be run again for each render.
         """
-        if self._pass_is_wrong or (renders.text in self._looks_ahead and not head_again):
+        ways = [again for again in (False, True)[: 1 + head_again] if again or renders.text not in self._looks_ahead]
+        if self._pass_is_wrong or not ways:
             return {}
-        for again in (False, True) if head_again else (False,):
-            if not again and renders.text in self._looks_ahead:
-                continue
+        for again in ways:
             template = one_pass(renders.text, again)
             if template is None:
                 self.counts["one by one: the template has another form"] += 1
@@ -111,13 +110,10 @@ class Runs:
                         done = OnePass(renders.shown(max(asked)), asked)
                         made |= done.run(template, renders.variables(max(asked), ()))
             except LooksAhead:
-                if not again:
-                    self._looks_ahead.add(renders.text)
+                self._looks_ahead.add(renders.text)
                 continue
-            except TemplateError:  # a limit
-                raise
             except Exception as error:
-                if raised_in_pass(error):
+                if isinstance(error, TemplateError) or raised_in_pass(error):  # a limit, or a fault of this program
                     raise
                 return {}  # what the template rejects, it rejects one by one too, and there it is told
             return made if self._pass_holds(renders, made) else {}
@@ -138,20 +134,22 @@ class Runs:
         return False
 
     def marked(self, renders: "Renders", request: Request, text: str, only: int | None = None) -> Rendered:
-        """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
+        """A render with the origins of its characters; text: the template's own. only: that message alone is marked."""
         self.counts["renders with marks"] += 1
-        variables = renders.variables(request, renders.marked(request, only))
+        shown, rules = renders.shown(request), self.template.message_rules
+        for k in range(request.num_messages) if only is None else (only,):
+            shown[k] = rules.apply(marked_message(renders.messages[k], renders.starts[k]))
+        if request.follower:
+            shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(len(renders.leaves), text))
+        variables = renders.variables(request, shown)
         template = compiled_marked(renders.text)
-        context = template.new_context(variables)
-        try:
-            with limits(self.template.name):
-                pieces, origins = split_by_origin(template.root_render_func(context))
-        except TemplateError:
-            raise
-        except jinja2.TemplateError as error:  # whose text may be anything: none of it is shown
-            raise Rejected("render_differs", f"template {self.template.name} fails with origins") from error
-        except Exception as error:  # the template has rendered plain strings: what failed are the marked ones
-            raise AssertionError("marked strings fail where plain ones do not") from error
+        with limits(self.template.name):
+            try:
+                pieces, origins = split_by_origin(template.root_render_func(template.new_context(variables)))
+            except jinja2.TemplateError as error:  # whose text may be anything: none of it is shown
+                raise Rejected("render_differs", f"template {self.template.name} fails with origins") from error
+            except Exception as error:  # the template has rendered plain strings: what failed are the marked ones
+                raise AssertionError("marked strings fail where plain ones do not") from error
         if "".join(pieces) != text:
             raise Rejected("render_differs", f"template {self.template.name} renders otherwise with origins")
         return Rendered(text, pieces, origins)
@@ -172,36 +170,27 @@ _TOLD: Mapping[str, str] = {
 
 def _told(error: TemplateError) -> str:
     """The error, with what it means where Python or Jinja says it in their own terms."""
-    for pattern, meaning in _TOLD.items():
-        found = re.search(pattern, str(error))
-        if found:
-            return f"{meaning.format(*found.groups())} ({error})"
-    return str(error)
-
-
-def _difference(ours: str, theirs: str) -> str:
-    at = shared_length(ours, theirs)
-    return f"{ours[max(at - 20, 0) : at + 40]!r} here, {theirs[max(at - 20, 0) : at + 40]!r} there"
+    found = ((re.search(pattern, str(error)), meaning) for pattern, meaning in _TOLD.items())
+    return next((f"{meaning.format(*match.groups())} ({error})" for match, meaning in found if match), str(error))
 
 
 class Renders:
     """The renders of one conversation, as its template sees it.
 
-    messages: in forms that the template takes. leaves: the strings of all of them; those of message k are the numbers
-    from `starts[k]` to `starts[k + 1]`.
+    messages: in forms that the template takes. leaves: the strings of each, then of all: those of message k are the
+    numbers from `starts[k]` to `starts[k + 1]`. as_given: as in `reasoning.Reading`. turns: those that will be asked
+    for, with the arguments that are tried first; the renders of many are made at once, where that is faster.
     """
 
     def __init__(
         self,
         runs: Runs,
-        messages: Sequence[Mapping[str, Any]],
+        messages: MessageList,
         leaves: Sequence[Sequence[Leaf]],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Tools,
         as_given: bool,
         turns: Sequence[tuple[int, Mapping[str, Any]]] = (),
     ) -> None:
-        """leaves: of each message. as_given: as in `reasoning.Reading`. turns: those that will be asked for, with the
-        arguments that are tried first; the renders of many are made at once, where that is faster."""
         self.runs, self.messages, self.tools = runs, messages, tools
         self.text = runs.template.text_for(tools)
         self.leaves = list(chain.from_iterable(leaves))
@@ -246,16 +235,12 @@ class Renders:
             followed=lambda: self._followed(k, key),
         )
 
-    def _followed(self, k: int, key: str) -> Followed | None:
+    def _followed(self, k: int, key: str) -> tuple[Rendered, int] | None:
         """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""
         for role in ("tool", "user") if self.messages[k].get("tool_calls") else ("user",):
             request = Request(k + 1, False, key, role)
-            try:
-                text = self.runs.plain(self, request)
-                follower = range(len(self.leaves), len(self.leaves) + 1)
-                return Followed(self.runs.marked(self, request, text, only=k), follower)
-            except Rejected:
-                continue
+            with suppress(Rejected):
+                return self.runs.marked(self, request, self.runs.plain(self, request), only=k), len(self.leaves)
         return None
 
     # What the template is given --------------------------------------------------------------------------------------
@@ -275,15 +260,6 @@ class Renders:
         """The messages of a request."""
         shown = self._seen[: request.num_messages]
         return [*shown, self._follower(request)] if request.follower else shown
-
-    def marked(self, request: Request, only: int | None) -> list[dict[str, Any]]:
-        """The messages of a request with marks on their strings, or on those of message `only` and the follower."""
-        shown, rules = self.shown(request), self.runs.template.message_rules
-        for k in range(request.num_messages) if only is None else (only,):
-            shown[k] = rules.apply(marked_message(self.messages[k], self.starts[k]))
-        if request.follower:
-            shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(len(self.leaves), text))
-        return shown
 
     def _follower(self, request: Request) -> dict[str, Any]:
         if request.follower == "user":

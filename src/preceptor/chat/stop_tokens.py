@@ -6,10 +6,11 @@ that is another (`<|call|>`, `<|observation|>`).
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from preceptor.chat.message_forms import find_forms
+from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.template import Template
 from preceptor.chat.tokenise import any_of
 from preceptor.chat.turns import shared_start
@@ -47,15 +48,13 @@ def find_stop_tokens(template: Template, tokenizer: Any, known: Collection[str] 
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     forms = find_forms(template)
     earlier = [_USER, {"role": "assistant", "content": "d5f1c0de"}]
-    answering, calling = (
-        [forms.fit([*before, *turns]) for before in ([], earlier)] for turns in (_ANSWERING, _CALLING)
-    )
-    answer, doubts = _confirmed(
-        [_closing(template, messages, None, special) for messages in answering], known, "an answer"
-    )
-    call, doubts_of_call = _confirmed(
-        [_closing(template, messages, [_TOOL], special, answer) for messages in calling], known, "a tool call"
-    )
+
+    def asked(turns: Sequence[Any], tools: Tools, answer: str | None, what: str) -> Any:
+        both = [forms.fit([*before, *turns]) for before in ([], earlier)]
+        return _confirmed([_closing(template, messages, tools, special, answer) for messages in both], known, what)
+
+    answer, doubts = asked(_ANSWERING, None, None, "an answer")
+    call, doubts_of_call = asked(_CALLING, [_TOOL], answer, "a tool call")
     if call is not None and answer is None:
         answer = template.variables.get("eos_token")  # what ends a tool call is not what ends a text
     return StopTokens(tuple(dict.fromkeys(token for token in (answer, call) if token)), (*doubts, *doubts_of_call))
@@ -77,11 +76,7 @@ def _confirmed(
 
 
 def _closing(
-    template: Template,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    special: re.Pattern[str],
-    answer: str | None = None,
+    template: Template, messages: MessageList, tools: Tools, special: re.Pattern[str], answer: str | None
 ) -> tuple[bool, str | None]:
     """Whether the template renders the messages but the last, and the token that ends the last of these.
 
@@ -107,9 +102,8 @@ def _closing(
         return True, next(iter(_ending(special.findall(after or ""), eos)), None)
     if tools is not None:
         return True, tokens[-1]
-    closes_part = len(tokens) > 1 and before.rstrip().endswith(
-        tokens[0].replace("END", "START").replace("end", "start")
-    )
+    opening = tokens[0].replace("END", "START").replace("end", "start")
+    closes_part = len(tokens) > 1 and before.rstrip().endswith(opening)
     return True, tokens[closes_part]
 
 
@@ -118,9 +112,7 @@ def _ending(tokens: Sequence[str], eos: str | None) -> list[str]:
     return [token for token in tokens if token == eos or not token.startswith(("</", "[/"))]
 
 
-def _around(
-    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-) -> tuple[str, str | None]:
+def _around(template: Template, messages: MessageList, tools: Tools) -> tuple[str, str | None]:
     """What the render has before and after the probe's answer; no text after it if it does not show it."""
     before, found, after = (template.render_or_none(messages, tools) or "").rpartition(_ANSWER)
     return before, after if found else None

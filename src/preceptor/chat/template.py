@@ -8,7 +8,7 @@ null are dropped, reasoning is copied under other names); that is asked of the i
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -20,6 +20,7 @@ import jinja2
 from jinja2 import meta, nodes
 
 from preceptor.chat.environment import FixedClock, compiled, limits, parsed, plain_environment, rendered
+from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
 from preceptor.chat.tokenise import bos_ids
 from preceptor.config.sections import RESERVED_ARGUMENTS
@@ -88,7 +89,7 @@ class Template:
         """The only text, or the default of several."""
         return self.texts.get("default") or next(iter(self.texts.values()))
 
-    def text_for(self, tools: Sequence[Any] | None) -> str:
+    def text_for(self, tools: Tools) -> str:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
@@ -113,11 +114,6 @@ class Template:
         """The variables and arguments that the texts read: any other argument changes nothing."""
         return frozenset().union(*map(names_read_by, self.texts.values()))
 
-    @cached_property
-    def writes_date(self) -> bool:
-        named = (node for text in self.texts.values() for node in parsed(text).find_all(nodes.Name))
-        return any(node.name == "strftime_now" for node in named)
-
     @property
     def clock(self) -> dict[str, FixedClock]:
         """The argument that fixes the date; {} where the template writes none, or today's."""
@@ -126,7 +122,7 @@ class Template:
 
     def at(self, date: datetime) -> "Template":
         """The template as it is on that date: for a run that must render the same after midnight."""
-        return self.given({"strftime_now": FixedClock(date)}) if self.writes_date else self
+        return self.given({"strftime_now": FixedClock(date)}) if "strftime_now" in self.names_read else self
 
     def given(self, arguments: Mapping[str, Any]) -> "Template":
         """The template with these arguments given in every render."""
@@ -146,11 +142,7 @@ class Template:
         return tuple(found)[:_MAX_SETTINGS]
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        **kwargs: Any,
+        self, messages: MessageList, tools: Tools = None, add_generation_prompt: bool = False, **kwargs: Any
     ) -> str:
         """`tokenizer.apply_chat_template(messages, tools, add_generation_prompt=..., tokenize=False, **kwargs)`.
 
@@ -160,11 +152,7 @@ class Template:
         return self.run(self.text_for(tools), self.all_variables(seen, tools, add_generation_prompt, kwargs))
 
     def render_or_none(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        **kwargs: Any,
+        self, messages: MessageList, tools: Tools = None, add_generation_prompt: bool = False, **kwargs: Any
     ) -> str | None:
         """As `render`; None where the template rejects the messages. Raises TemplateError where it is fatal."""
         try:
@@ -176,22 +164,16 @@ class Template:
 
     def run(self, text: str, variables: dict[str, Any]) -> str:
         """As `render`, with one of the texts and the variables of `all_variables`."""
-        try:
-            with limits(self.name):
+        with limits(self.name):
+            try:
                 return rendered(text, variables)
-        except TemplateError:
-            raise
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"template {self.name}: {error}") from error
-        except Exception as error:  # whatever the template's code does wrong is the template's error
-            raise TemplateError(f"template {self.name}: {type(error).__name__}: {error}") from error
+            except jinja2.TemplateError as error:
+                raise TemplateError(f"template {self.name}: {error}") from error
+            except Exception as error:  # whatever the template's code does wrong is the template's error
+                raise TemplateError(f"template {self.name}: {type(error).__name__}: {error}") from error
 
     def all_variables(
-        self,
-        seen: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        kwargs: Mapping[str, Any],
+        self, seen: MessageList, tools: Tools, add_generation_prompt: bool, kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
         """seen: the messages, to which the rules have been applied."""
         return {
@@ -211,13 +193,8 @@ def compared_with(text: str, name: str) -> tuple[str, ...]:
     for compare in parsed(text).find_all(nodes.Compare):
         sides = [compare.expr, *(operand.expr for operand in compare.ops)]
         if any(isinstance(side, nodes.Name) and side.name == name for side in sides):
-            strings = [
-                const.value
-                for side in sides
-                for const in (side, *side.find_all(nodes.Const))
-                if isinstance(const, nodes.Const)
-            ]
-            found |= dict.fromkeys(value for value in strings if isinstance(value, str))
+            constants = (const.value for const in compare.find_all(nodes.Const))
+            found |= dict.fromkeys(value for value in constants if isinstance(value, str))
     return tuple(found)
 
 
@@ -232,8 +209,7 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
 
     def seen(message: Mapping[str, Any]) -> dict[str, Any]:
         shown = tokenizer.apply_chat_template([message], chat_template="{{ messages | tojson }}", tokenize=False)
-        first: dict[str, Any] = json.loads(shown)[0]
-        return first
+        return dict(json.loads(shown)[0])
 
     with_null = {"role": "assistant", "content": "c", "tool_calls": None}
     with_reasoning = {"role": "assistant", "content": "c", "reasoning": "r"}
@@ -316,14 +292,12 @@ def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
 
 def check_syntax(text: str, name: str) -> None:
     """Raises TemplateError for what cannot be compiled, with the line of the first syntax error."""
-    try:
-        with limits(name):
+    with limits(name):
+        try:
             compiled(text)
-    except TemplateError:
-        raise
-    except jinja2.TemplateSyntaxError as error:
-        lines = text.splitlines()
-        line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
-        raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
-    except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long to print
-        raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error
+        except jinja2.TemplateSyntaxError as error:
+            lines = text.splitlines()
+            line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
+            raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
+        except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long
+            raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error

@@ -12,21 +12,22 @@ common: an assignment at the template's head for each argument that the caller l
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from preceptor.chat.origins import MessageList, Tools
 from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
 from preceptor.chat.template import Template, names_read_by
 from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Conversation, Example
 from preceptor.data.forest import Tree
-from preceptor.errors import TemplateError
+from preceptor.errors import TemplateError, counted
 
 _USER = {"role": "user", "content": "b5f1c0de"}
 _SYSTEM = {"role": "system", "content": "d5f1c0de"}
 _TOOL = {"type": "function", "function": {"name": "probe", "description": "A probe.", "parameters": {}}}
-_PROBES: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]] = (
+_PROBES: Sequence[tuple[MessageList, Tools]] = (
     ([_USER], None),
     ([_SYSTEM, _USER], None),
     ([_USER], [_TOOL]),
@@ -57,22 +58,18 @@ def find_switch(template: Template, arguments: Mapping[str, Any]) -> Switch:
     def prompts(**tried: bool) -> list[str | None]:
         return [given.render_or_none(messages, tools, True, **tried) for messages, tools in _PROBES]
 
-    candidates = template.names_read - RESERVED_ARGUMENTS - set(template.variables)
-    names = tuple(
-        name for name in sorted(candidates) if _switches(name, *(prompts(**{name: v}) for v in (True, False)))
-    )
+    def switches(name: str) -> bool:
+        """Whether a variable changes a prompt, and is named for reasoning or opens or closes a block of it."""
+        both = zip(prompts(**{name: True}), prompts(**{name: False}), strict=True)
+        named = any(word in name for word in _WORDS)
+        return any(a != b and (named or _state(a) != _state(b)) for a, b in both if a is not None and b is not None)
+
+    names = tuple(filter(switches, sorted(template.names_read - RESERVED_ARGUMENTS - set(template.variables))))
     if not names:
         return Switch()
     asked = prompts()
     same = [value for value in (True, False) if prompts(**dict.fromkeys(names, value)) == asked]
     return Switch(names, same[0] if len(same) == 1 else None)
-
-
-def _switches(name: str, on: Sequence[str | None], off: Sequence[str | None]) -> bool:
-    """Whether a variable is a switch by its prompts: they differ, and it is named for it or opens or closes a block."""
-    pairs = [(a, b) for a, b in zip(on, off, strict=True) if a is not None and b is not None and a != b]
-    named = any(word in name for word in _WORDS)
-    return any(named or _state(a) != _state(b) for a, b in pairs)
 
 
 def _state(prompt: str) -> tuple[str, bool]:
@@ -118,16 +115,12 @@ def _literal(value: Any, name: str) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_literal(item, name) for item in value)}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(_items(value, name))}}}"
+        items = (f"{_literal(str(key), name)}: {_literal(inner, name)}" for key, inner in value.items())
+        return f"{{{', '.join(items)}}}"
     raise TemplateError(
         f"data.chat_template_kwargs.{name} holds {value!r}: the saved chat template can only keep text, numbers, "
         "true, false, null, lists and objects; give one of those"
     )
-
-
-def _items(value: Mapping[Any, Any], name: str) -> Iterator[str]:
-    for key, inner in value.items():
-        yield f"{_literal(str(key), name)}: {_literal(inner, name)}"
 
 
 # Counts of the conversations that are trained -------------------------------------------------------------------------
@@ -227,12 +220,10 @@ def thinking_lines(counts: Sequence[Mapping[str, Any]], defaults: Mapping[str, A
 
 
 def _counted(count: Mapping[str, Any]) -> str:
-    turns = (
-        f"{count['num_turns']:,} turn{'s' * (count['num_turns'] != 1)} {'with' if count['reasoning'] else 'without'}"
-    )
+    turns = f"{counted(count['num_turns'], 'turn')} {'with' if count['reasoning'] else 'without'} reasoning"
     how = {True: " with thinking on", False: " with thinking off"}.get(count["thinking"], "")
     given = spelled(count["arguments"]) or "the template's default"
-    return f"{turns} reasoning {'is' if count['num_turns'] == 1 else 'are'} trained{how} ({given})"
+    return f"{turns} {'is' if count['num_turns'] == 1 else 'are'} trained{how} ({given})"
 
 
 def spelled(arguments: Mapping[str, Any]) -> str:
@@ -242,7 +233,7 @@ def spelled(arguments: Mapping[str, Any]) -> str:
 def left_out_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """What `left_out` gives, a sentence each."""
     return [
-        f"the template leaves out the {one['what']} of {one['num_examples']:,} "
-        f"example{'s' * (one['num_examples'] != 1)}, first at {one['first_at']}: the model never sees it"
+        f"the template leaves out the {one['what']} of {counted(one['num_examples'], 'example')}, first at "
+        f"{one['first_at']}: the model never sees it"
         for one in found
     ]

@@ -5,9 +5,9 @@ tree knows by their message, are measured against the text that they spell, and 
 characters. What cannot be had this way is UNKNOWN, never guessed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice, takewhile
 from typing import Any, NamedTuple
 
 from preceptor.chat import reasoning
@@ -35,100 +35,71 @@ Fields = tuple[Field, ...]
 TextRun = tuple[str, Field]
 
 
-@dataclass(frozen=True, slots=True)
+def token_origins(record: Example, tree: Tree, turns: Sequence[Proved], tokenizer: Any) -> "TokenOrigins":
+    """Where the tokens came from; tree, turns: what `Renderer.render_with_turns` made of the record."""
+    found = TokenOrigins(tree, tokenizer)
+    if not isinstance(record, Conversation):
+        found.name(len(tree.segments) - 1, _plain_runs(record, tree))
+        return found
+    roles = [message.role for message in record.messages]
+    for turn, target, _ in turns:
+        last = max(at for at, segment in enumerate(tree.segments) if segment.message == turn.message)
+        context = _runs(turn.prompt_marked(), turn.leaves, roles, record.tools)
+        found.name(last, [*context, *_target_runs(target, turn, turn.full_marked(), roles)])
+    return found
+
+
 class TokenOrigins:
     """For each segment of a tree the fields of each token: several where a token joins their texts.
 
     spelled: for each token of a segment the characters that it spells, with their place, where they are known.
     """
 
-    fields: tuple[tuple[Fields, ...], ...]
-    spelled: tuple[tuple[tuple[int, str], ...] | None, ...]
-
-
-def token_origins(record: Example, tree: Tree, turns: Sequence[Proved], tokenizer: Any) -> TokenOrigins:
-    """Where the tokens came from; tree, turns: what `Renderer.render_with_turns` made of the record."""
-    found = _TreeOrigins(tree, tokenizer)
-    if isinstance(record, Conversation):
-        roles = [message.role for message in record.messages]
-        for turn, target, _ in turns:
-            full = turn.full_marked()
-            context = _runs(turn.prompt_marked(), turn.leaves, roles, record.tools)
-            found.name_turn(turn.message, [*context, *_target_runs(target, turn, full, roles)])
-    else:
-        found.name_plain(record)
-    return TokenOrigins(tuple(found.fields), tuple(found.spelled))
-
-
-class _TreeOrigins:
-    """The segments of a tree, named one after the other."""
-
     def __init__(self, tree: Tree, tokenizer: Any) -> None:
-        self.tree, self._tokenizer = tree, tokenizer
-        self._specials = special_ids(tokenizer)
+        self._segments, self._tokenizer, self._specials = tree.segments, tokenizer, special_ids(tokenizer)
         self.fields: list[tuple[Fields, ...]] = [((UNKNOWN,),) * len(s.ids) for s in tree.segments]
         self.spelled: list[tuple[tuple[int, str], ...] | None] = [None] * len(tree.segments)
         self._ends: dict[int, int] = {}  # characters from the root to the end of each segment that is named
 
-    def name_turn(self, message: int, runs: Sequence[TextRun]) -> None:
-        """Name the tokens of a turn and of its context, whose texts are the runs."""
-        last = max(at for at, s in enumerate(self.tree.segments) if s.message == message)
-        self._name(path_to(self.tree.segments, last), runs)
-
-    def _name(self, path: Sequence[int], runs: Sequence[TextRun]) -> None:
-        """Name the tokens of a path that spells the runs; what an earlier turn named is passed over."""
+    def name(self, last: int, runs: Sequence[TextRun]) -> None:
+        """Name what is not yet named of the tokens up to the end of segment `last`; runs: what they spell, if known."""
+        path = path_to(self._segments, last)
         num_named = next((at for at, index in enumerate(path) if index not in self._ends), len(path))
         start = self._ends[path[num_named - 1]] if num_named else 0
         new = path[num_named:]
-        ids = [token for index in new for token in self.tree.segments[index].ids]
-        measured = spans(ids, _text_of(runs)[start:], self._tokenizer, self._specials)
+        ids = [token for index in new for token in self._segments[index].ids]
+        text = "".join(run for run, _ in runs)
+        measured = spans(ids, text[start:], self._tokenizer, self._specials) if runs else None
         if measured is None:
             return
-        text = _text_of(runs)
         places = iter((low + start, high + start) for low, high in measured)
-        edges, at = [], 0
-        for run, field in runs:
-            edges.append((at, at + len(run), field))
-            at += len(run)
+        ends = accumulate(len(run) for run, _ in runs)
+        edges = [(end - len(run), end, field) for (run, field), end in zip(runs, ends, strict=True)]
         for index in new:
-            own = list(islice(places, len(self.tree.segments[index].ids)))
-            self.fields[index] = tuple(_fields_of(own, edges))
+            own = list(islice(places, len(self._segments[index].ids)))
+            self.fields[index] = tuple(_fields_of(low, high, edges) for low, high in own)
             self.spelled[index] = tuple((low, text[low:high]) for low, high in own)
             self._ends[index] = own[-1][1]
 
-    def name_plain(self, record: Completion | Document) -> None:
-        """A completion or a document: one path, whatever was put around its texts was added (bos, eos)."""
-        prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
-        path = path_to(self.tree.segments, len(self.tree.segments) - 1)
-        whole = "".join(segment.text for segment in self.tree.segments)
-        at = whole.find(prompt + text)
-        if at < 0 or len(path) != len(self.tree.segments):
-            return
-        name = "completion" if isinstance(record, Completion) else "text"
-        end = at + len(prompt) + len(text)
-        added = Field("added around the text")
-        runs = [(whole[:at], added), (prompt, Field("prompt")), (text, Field(name)), (whole[end:], added)]
-        self._name(path, runs)
+
+def _plain_runs(record: Completion | Document, tree: Tree) -> list[TextRun]:
+    """The text of a completion or a document, around which other text (bos, eos) was put; [] where it is not known."""
+    prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
+    whole = "".join(segment.text for segment in tree.segments)
+    at = whole.find(prompt + text)
+    if at < 0 or len(path_to(tree.segments, len(tree.segments) - 1)) != len(tree.segments):
+        return []
+    name = "completion" if isinstance(record, Completion) else "text"
+    end = at + len(prompt) + len(text)
+    added = Field("added around the text")
+    return [(whole[:at], added), (prompt, Field("prompt")), (text, Field(name)), (whole[end:], added)]
 
 
-def _fields_of(places: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int, Field]]) -> Iterator[Fields]:
-    """The fields whose texts each place has a part of; places and edges stand in order."""
-    first = 0
-    for start, end in places:
-        while first < len(edges) - 1 and edges[first][1] <= start:
-            first += 1
-        found = []
-        for edge in range(first, len(edges)):
-            low, high, field = edges[edge]
-            if low >= end:
-                break
-            if low < high:
-                found.append(field)
-        yield tuple(dict.fromkeys(found)) or (UNKNOWN,)
-
-
-def _text_of(runs: Sequence[TextRun]) -> str:
-    return "".join(text for text, _ in runs)
+def _fields_of(start: int, end: int, edges: Sequence[tuple[int, int, Field]]) -> Fields:
+    """The fields whose texts a place has a part of; edges: (start, end, field) of all texts, in order."""
+    first = min(bisect_right(edges, start, key=lambda edge: edge[1]), len(edges) - 1)
+    reached = takewhile(lambda edge: edge[0] < end, islice(edges, first, None))
+    return tuple(dict.fromkeys(field for low, high, field in reached if low < high)) or (UNKNOWN,)
 
 
 def _runs(
@@ -151,7 +122,9 @@ def _runs(
             runs += [(piece[at:start], TEMPLATE), (piece[start:end], UNKNOWN)]
             at = end
         runs.append((piece[at:], TEMPLATE))
-    names = _tool_texts(tools)
+    functions = [tool.get("function", tool) for tool in tools or ()]
+    said = [f.get(key) for f in functions if isinstance(f, Mapping) for key in ("name", "description")]
+    names = [text for text in said if isinstance(text, str) and text]
     places = [at for at, (text, f) in enumerate(runs) if f is TEMPLATE and any(name in text for name in names)]
     for at in range(places[0], places[-1] + 1) if places else ():
         if runs[at][1] is TEMPLATE:
@@ -162,13 +135,6 @@ def _runs(
 def _is_text(leaf: Leaf) -> bool:
     """Whether it is what someone said, not a name or an id, which templates often leave out."""
     return leaf.path[0] in ("content", *reasoning.REASONING_FIELDS) or "arguments" in leaf.path
-
-
-def _tool_texts(tools: Sequence[Any] | None) -> set[str]:
-    """Names and descriptions of the tools."""
-    functions = [tool.get("function", tool) for tool in tools or ()]
-    said = (f.get(key) for f in functions if isinstance(f, Mapping) for key in ("name", "description"))
-    return {text for text in said if isinstance(text, str) and text}
 
 
 def _target_runs(target: str, turn: Turn, full: Rendered, roles: Sequence[str]) -> list[TextRun]:
@@ -185,7 +151,7 @@ def _target_runs(target: str, turn: Turn, full: Rendered, roles: Sequence[str]) 
             if len(said) > len(target):
                 break
             if target.startswith(said) and not reasoning.has_tag(target[len(said) :]):
-                return _cut(_runs(full, turn.leaves, roles, None), start, target[: len(said)], target[len(said) :])
+                return [*_cut(_runs(full, turn.leaves, roles, None), start, last), (target[len(said) :], TEMPLATE)]
     return _searched(target, turn, roles)
 
 
@@ -213,13 +179,13 @@ def _searched(target: str, turn: Turn, roles: Sequence[str]) -> list[TextRun]:
     return [*runs, (target[at:], rest)]
 
 
-def _cut(runs: Sequence[TextRun], start: int, text: str, closing: str) -> list[TextRun]:
-    """The runs from character `start` on, as long as `text`, and then the closing, which is the template's."""
-    end, at, cut = start + len(text), 0, []
+def _cut(runs: Sequence[TextRun], start: int, end: int) -> list[TextRun]:
+    """The runs from character `start` up to `end`."""
+    at, cut = 0, []
     for piece, field in runs:
         cut.append((piece[max(0, start - at) : max(0, end - at)], field))
         at += len(piece)
-    return [*cut, (closing, TEMPLATE)]
+    return cut
 
 
 def _field_of(leaf: Leaf, roles: Sequence[str]) -> Field:

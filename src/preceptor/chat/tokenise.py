@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
-from preceptor.chat.origins import Leaf, shared_length
+from preceptor.chat.origins import Leaf, Tools, shared_length
 from preceptor.chat.words import Words
 from preceptor.data.examples import Message, Rejected
 
@@ -45,11 +45,15 @@ class Tokeniser:
         if self.in_chunks:
             self.words = Words(tokenizer)
         self.cuts_words = self.in_chunks and self.words.pattern is not None
-        self._prefixes_tokens = self._puts_space_behind_tokens()
         self._unknown = tokenizer.unk_token_id
-        self._lstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.lstrip}
-        self._rstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip}
-        self._single = {token.content: (number,) for number, token in tokenizer.added_tokens_decoder.items()} | {"": ()}
+        added = [(token, number) for number, token in tokenizer.added_tokens_decoder.items()]
+        self._lstrip = {token.content for token, _ in added if token.lstrip}
+        self._rstrip = {token.content for token, _ in added if token.rstrip}
+        self._single: dict[str, Ids] = {token.content: (number,) for token, number in added} | {"": ()}
+        # Whether a text behind an added token is tokenised as at the start of a text.
+        self._prefixes_tokens = any(
+            self.whole(f"{token.content}a") == (number, *self.whole("a")) for token, number in added[:1]
+        )
         self._cache: dict[tuple[str, str], Ids] = {}
         self._num_cached = 0
         self._drops_characters = any(
@@ -134,14 +138,10 @@ class Tokeniser:
     def _stretches(self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str]) -> list[tuple[str, str]]:
         """Each special token that acts, and the text up to the next; "" for what stands before the first."""
         text = "".join(piece for piece, _ in runs)
-        spans, at = [], 0
-        for piece, from_message in runs:
-            if from_message:
-                spans.append((at, at + len(piece)))
-            at += len(piece)
+        of_messages = "".join(("x" if from_message else " ") * len(piece) for piece, from_message in runs)
         found, token, at = [], "", 0
         for match in special.finditer(text):
-            if any(start < match.end() and match.start() < end for start, end in spans):
+            if "x" in of_messages[match.start() : match.end()]:
                 continue
             found.append((token, self._stripped(token, text[at : match.start()], match.group())))
             token, at = match.group(), match.end()
@@ -156,11 +156,6 @@ class Tokeniser:
         _require_size(text)
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return tuple(self._tokenizer(text, **options)["input_ids"]) if text else ()
-
-    def _puts_space_behind_tokens(self) -> bool:
-        """Whether a text behind an added token is tokenised as at the start of a text."""
-        added = [(number, token.content) for number, token in self._tokenizer.added_tokens_decoder.items()]
-        return any(self.whole(token + "a") == (number, *self.whole("a")) for number, token in added[:1])
 
 
 def _require_size(text: str) -> None:
@@ -253,9 +248,7 @@ class Path:
 def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
     """(a pattern that finds the added tokens before which a text may be cut, the length of the longest added token).
 
-    All tokens that are matched before normalisation take part in the search, leftmost and longest first, as in the
-    tokenizer. Tokens that swallow white space to their left, or must stand between word boundaries, make cutting
-    unsafe near them: with any of those present, nothing is cut.
+    All tokens that are matched before normalisation take part, leftmost and longest first, as in the tokenizer.
     """
     found = [token for token in tokens if token.content and not token.normalized]
     if not found or any(token.lstrip or token.single_word for token in found):
@@ -298,11 +291,7 @@ class SpelledOut:
         self._chosen = chosen
 
     def in_conversation(
-        self,
-        messages: Sequence[Message],
-        leaves: Sequence[Sequence[Leaf]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        tags: Mapping[str, str],
+        self, messages: Sequence[Message], leaves: Sequence[Sequence[Leaf]], tools: Tools, tags: Mapping[str, str]
     ) -> bool:
         """Whether messages spell out tokens that must be read as plain text. Raises Rejected where they may not.
 
@@ -330,15 +319,12 @@ class SpelledOut:
 
     def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
         """Whether the text spells out a token that is to be read as plain text. Raises Rejected."""
-        if self._chosen == "allow":
+        found = next((match.group() for match in self.pattern.finditer(text) if match.group() not in own), None)
+        if found is None or self._chosen == "allow":
             return False
-        for match in self.pattern.finditer(text):
-            if match.group() in own:
-                continue
-            if self._chosen == "reject" or not may_be_plain:
-                raise Rejected("special_token_in_text", f"{where} spells out {match.group()!r}")
-            return True
-        return False
+        if self._chosen == "reject" or not may_be_plain:
+            raise Rejected("special_token_in_text", f"{where} spells out {found!r}")
+        return True
 
 
 def _as_json(value: Any) -> str:

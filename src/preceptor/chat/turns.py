@@ -18,7 +18,7 @@ from typing import Any
 
 from preceptor.chat import reasoning
 from preceptor.chat.message_forms import Forms
-from preceptor.chat.origins import Leaf, Rendered, json_body, shared_length
+from preceptor.chat.origins import Leaf, MessageList, Rendered, Tools, json_body, shared_length
 from preceptor.data.examples import Rejected
 from preceptor.errors import short
 
@@ -40,7 +40,8 @@ class Turn:
     tags: the reasoning tags that the template knows. as_given: whether the target may be the content as it is
     (`reasoning.Reading`). leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the
     turn itself. prompt: P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F
-    with all leaves marked. followed: F with a message after the turn; None where the template rejects that.
+    with all leaves marked. followed: F with a message after the turn, and the number of that message's only leaf; None
+    where the template rejects that.
     """
 
     message: int
@@ -53,34 +54,11 @@ class Turn:
     full: Rendered
     prompt_marked: Callable[[], Rendered]
     full_marked: Callable[[], Rendered]
-    followed: Callable[[], "Followed | None"]
+    followed: Callable[[], tuple[Rendered, int] | None]
 
     @property
     def where(self) -> str:
         return f"messages[{self.message}]"
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Followed:
-    """F with a message after the turn, whose leaves are `follower`."""
-
-    full: Rendered
-    follower: range
-
-    def text_between(self, turn: Turn, upto_last: str) -> str | None:
-        """The text between the end of the turn and the next message. upto_last: F up to the turn's last character.
-
-        None if the turn's last character is not in the field in which F ends it: then what closes the turn is unknown.
-        Where the render rewrites what came before, the turn ends at its last character before the next message's first
-        (a tool's result may repeat the name of the call that it answers).
-        """
-        text, next_message = self.full.text, self.full.span(self.follower)
-        limit = next_message[0] if next_message else len(text)
-        if text.startswith(upto_last) and len(upto_last) <= limit:
-            return text[len(upto_last) : limit]
-        if self.full.last_leaf(turn.own, limit) != turn.full.last_leaf(turn.own, len(upto_last)):
-            return None
-        return text[self.full.end_before(turn.own, limit) : limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +76,9 @@ def target_of(turn: Turn, stops: Stops) -> str:
     if span is None:
         raise Rejected("tool_call_dropped" if turn.given.get("tool_calls") else "turn_missing", turn.where)
     first, last = span
-    start = _start(turn, text, first)
-    closing = _closing(turn, text, last, stops)
-    missing = missing_fields(turn, text[start:last] + closing)
+    start, closing = _start(turn, text, first), _closing(turn, text, last, stops)
+    target = text[start:last] + closing
+    missing = missing_fields(turn, target)
     for code, found in missing:
         if code != "reasoning_dropped":
             raise Rejected(code, found)
@@ -115,10 +93,10 @@ def target_of(turn: Turn, stops: Stops) -> str:
                 raise Rejected("reasoning_twice", turn.where)
             raise Rejected("reasoning_dropped", missing[0][1], _what_helps_reasoning(turn))
         return generated + closing
-    target = text[start:last] + closing
     if reasoning.opened_by(turn.prompt)[0]:
         reasons = reasoning.has_reasoning(turn.given, turn.tags)
-        if not reasoning.closes(target if reasons else between):  # in the words of an answer a closing tag is text
+        # Behind the first of an answer's words a closing tag is text.
+        if not reasoning.ANY_CLOSE.search(target if reasons else between):
             raise Rejected("prompt_opens_reasoning", turn.where)
     return target
 
@@ -136,7 +114,9 @@ def _start(turn: Turn, text: str, first: int) -> int:
         earlier = range(turn.own.start)
         tail = turn.prompt[turn.prompt_marked().end_before(earlier, len(turn.prompt)) :]
         if tail.strip():
-            start = _after_tail(tail, text, turn.full_marked().end_before(earlier, first), first, reasons)
+            from_here = turn.full_marked().end_before(earlier, first)
+            at = text.rfind(tail, from_here, first)  # its last place before the turn's first character
+            start = at + len(tail) if at >= 0 else _after(tail, text, from_here, first, reasons)
     if start is not None:
         return start
     if reasoning.opened_by(turn.prompt)[0] and not reasons:
@@ -168,12 +148,6 @@ def _what_helps_reasoning(turn: Turn) -> str:
             "template (chatml renders it)"
         )
     return ""
-
-
-def _after_tail(tail: str, text: str, from_here: int, first: int, reasons: bool) -> int | None:
-    """As `_after`, for the last place before the turn's first character in which the tail stands."""
-    at = text.rfind(tail, from_here, first)
-    return at + len(tail) if at >= 0 else _after(tail, text, from_here, first, reasons)
 
 
 def _after(opening: str, text: str, from_here: int, first: int, reasons: bool) -> int | None:
@@ -226,8 +200,7 @@ def _closing(turn: Turn, text: str, last: int, stops: Stops) -> str:
     if found:
         return text[last : found.end()]
     own = text[last:]
-    followed = turn.followed()
-    after = followed.text_between(turn, text[:last]) if followed is not None else None
+    after = _before_next_message(turn, text[:last])
     if after is not None:
         found = stops.pattern.search(after)
         if found:
@@ -238,11 +211,29 @@ def _closing(turn: Turn, text: str, last: int, stops: Stops) -> str:
     return own.rstrip() + stops.eos
 
 
+def _before_next_message(turn: Turn, upto_last: str) -> str | None:
+    """The text between the end of the turn and a next message. upto_last: F up to the turn's last character.
+
+    None if there can be none, or the turn's last character is not in the field in which F ends it: then what closes the
+    turn is unknown. Where the render rewrites what came before, the turn ends at its last character before the next
+    message's first (a tool's result may repeat the name of the call that it answers).
+    """
+    followed = turn.followed()
+    if followed is None:
+        return None
+    full, follower = followed
+    next_message = full.span(range(follower, follower + 1))
+    limit = next_message[0] if next_message else len(full.text)
+    if full.text.startswith(upto_last) and len(upto_last) <= limit:
+        return full.text[len(upto_last) : limit]
+    if full.last_leaf(turn.own, limit) != turn.full.last_leaf(turn.own, len(upto_last)):
+        return None
+    return full.text[full.end_before(turn.own, limit) : limit]
+
+
 def shared_start(one: str, other: str) -> str:
     """The longest common start that does not end inside something like a tag."""
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
+    length = shared_length(one, other)
     for tag in re.finditer(r"<[^<>\s]*>?|\[[^\[\]\s]*\]?", one):
         if tag.start() < length < tag.end():
             return one[: tag.start()]
@@ -280,10 +271,10 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
 def _spells(spelled: str, *forms: str) -> bool:
     """Whether it is one of the forms, without the white space around it, once or, as a name may be, several times."""
     spelled = spelled.strip()
-    for form in map(str.strip, forms):
-        if spelled == form or (form and spelled.startswith(form) and not spelled.replace(form, "").strip()):
-            return True
-    return False
+    return any(
+        spelled == form or (form and spelled.startswith(form) and not spelled.replace(form, "").strip())
+        for form in map(str.strip, forms)
+    )
 
 
 def _content_problem(text: str, spelled: str, tags: Mapping[str, str]) -> str | None:
@@ -338,11 +329,7 @@ def _shows(value: Any, target: str) -> bool:
 
 
 def left_out(
-    turns: Sequence[Turn],
-    messages: Sequence[Mapping[str, Any]],
-    starts: Sequence[int],
-    tools: Sequence[Any] | None,
-    forms: Forms,
+    turns: Sequence[Turn], messages: MessageList, starts: Sequence[int], tools: Tools, forms: Forms
 ) -> tuple[str, ...]:
     """The kinds of messages whose text is not in the prompts of the turns, `tool call` and `tools`.
 
@@ -377,7 +364,7 @@ def left_out(
     return tuple(found)
 
 
-def _next_text(turn: Turn, messages: Sequence[Mapping[str, Any]], starts: Sequence[int], k: int, from_here: int) -> int:
+def _next_text(turn: Turn, messages: MessageList, starts: Sequence[int], k: int, from_here: int) -> int:
     """Where the text of the message after message k begins in the prompt; the prompt's end where that is not known."""
     if k + 1 < turn.message:
         for leaf in turn.leaves[starts[k + 1] : starts[k + 2]]:
@@ -398,10 +385,9 @@ def _needed_text(leaf: Leaf, role: str, tags: Mapping[str, str]) -> str:
 def _prompt_shows(turn: Turn, index: int, text: str, role_is_shown: bool) -> bool:
     """Whether the prompt holds the text somewhere, as it is, in JSON, or with other white space."""
     if len(text) >= _SHORT:
-        prompt = turn.prompt
-        if any(form in prompt for form in (text, json_body(text, True), json_body(text, False))):
+        if any(form in turn.prompt for form in (json_body(text, True), json_body(text, False))):
             return True
-        if "".join(text.split()) in "".join(prompt.split()):
+        if "".join(text.split()) in "".join(turn.prompt.split()):
             return True
         if not role_is_shown:
             return False
