@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import datetime
 
 import jinja2
 import pytest
@@ -9,6 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preceptor.chat.environment import SETTINGS, compiled
 from preceptor.chat.message_forms import find_forms
+from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import (
     BUILTIN,
@@ -104,6 +106,18 @@ def test_which_template_is_chosen(tmp_path):
     tokenizer.chat_template = {"a": LOOP, "b": LOOP}
     with pytest.raises(TemplateError, match="none is named default"):
         load_template("tokenizer", tokenizer)
+
+
+def test_a_date_is_known_to_be_written():
+    """Else what is rendered today would be read from the cache tomorrow."""
+    for text, writes in (("{{ strftime_now('%d') }}", True), ("{{ messages[0].content }}", False)):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = text
+        template = load_template(None, tokenizer)
+        date = datetime(2001, 2, 3)
+        of_today, of_then = (rendering_key(tokenizer, each, {}) for each in (template, template.at(date)))
+        assert template.writes_date == writes and bool(template.at(date).clock) == writes
+        assert (of_today is None) == writes and of_then is not None
 
 
 def test_errors_say_where(tmp_path):

@@ -30,7 +30,7 @@ def rendering_key(tokenizer: Any, template: Template | None, chosen: Mapping[str
     chosen: all other settings of the renderer.
     """
     known = _tokenizer(tokenizer)
-    if known is None or (template is not None and "strftime_now" in template.names_read and not template.clock):
+    if known is None or (template is not None and template.writes_date and not template.clock):
         return None
     try:
         spelled = json.dumps([_code(), known, template and _template(template), chosen])

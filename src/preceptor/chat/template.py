@@ -114,6 +114,12 @@ class Template:
         """The variables and arguments that the texts read: any other argument changes nothing."""
         return frozenset().union(*map(names_read_by, self.texts.values()))
 
+    @cached_property
+    def writes_date(self) -> bool:
+        """Not among `names_read`, since it is a global of every template."""
+        named = (node for text in self.texts.values() for node in parsed(text).find_all(nodes.Name))
+        return any(node.name == "strftime_now" for node in named)
+
     @property
     def clock(self) -> dict[str, FixedClock]:
         """The argument that fixes the date; {} where the template writes none, or today's."""
@@ -122,7 +128,7 @@ class Template:
 
     def at(self, date: datetime) -> "Template":
         """The template as it is on that date: for a run that must render the same after midnight."""
-        return self.given({"strftime_now": FixedClock(date)}) if "strftime_now" in self.names_read else self
+        return self.given({"strftime_now": FixedClock(date)}) if self.writes_date else self
 
     def given(self, arguments: Mapping[str, Any]) -> "Template":
         """The template with these arguments given in every render."""
