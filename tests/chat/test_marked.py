@@ -82,7 +82,7 @@ TEMPLATES = [
     "{% set ns = namespace(s='') %}{% for x in [a, b] %}{% set ns.s = ns.s + x %}{% endfor %}{{ ns.s }}",
     "{{ 'long' if a | length > 3 else a | string }}{{ a | length }}",
     "{{ a.split('a')[0] + b.split('b')[-1] | lower }}{{ a == b }}{{ a | capitalize }}",
-    "{% generation %}{{ a }}{% endgeneration %}{{ '%s.' % b }}",
+    "{% generation %}{{ a }}{% endgeneration %}{{ '%s.' % b }}{{ 5 | replace('5', a) }}",
     "{{ '%s|%%s %-9s %d%s' | format(a, b, 3, {'x': [a]}) }}{{ '%(k)s %(k).2s' % {'k': b} }}",
     "{{ 'a%s %s' % (a, b) }}{{ '%r' % a }}",
     "{{ ([a, b] | map('upper') | list)[0] }}{{ [a, b] | select('equalto', a) | first }}",

@@ -108,6 +108,29 @@ def test_which_template_is_chosen(tmp_path):
         load_template("tokenizer", tokenizer)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% macro f(a) %}{% generation %}{{ a }}{{ kwargs }}{% endgeneration %}{% endmacro %}{{ f(1, z=3) }}",
+        "{% set kwargs = 'u' %}{% generation %}{{ kwargs }}{{ varargs }}{% endgeneration %}",
+        "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
+        "{% for m in [1] %}{% generation %}" * 25 + "deep" + "{% endgeneration %}{% endfor %}" * 25,
+    ],
+)
+def test_generation_blocks_are_rendered_as_by_transformers(text):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = text
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert load_template(None, tokenizer).render(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_generation_block_cannot_end_a_loop_around_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{% continue %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(TemplateError, match="cannot be compiled"):
+        load_template(None, tokenizer)
+
+
 def test_a_date_is_known_to_be_written():
     """Else what is rendered today would be read from the cache tomorrow."""
     for text, writes in (("{{ strftime_now('%d') }}", True), ("{{ messages[0].content }}", False)):

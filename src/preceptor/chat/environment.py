@@ -129,13 +129,20 @@ _GROWING_FILTERS: Mapping[str, _GrowthCheck] = {
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` renders its body: the marks of others are not what is trained here."""
+    """`{% generation %} ... {% endgeneration %}` renders its body: the marks of others are not what is trained here.
+
+    As in transformers it is the call of a block: a macro of its own, with its own `caller`, `varargs` and `kwargs`.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (the name and type are Jinja's)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body, lineno=line)
+
+    def _body(self, caller: Any) -> Any:
+        return caller()
 
 
 _OF_DICT = frozenset(dir(dict))

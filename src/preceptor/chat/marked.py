@@ -347,9 +347,9 @@ def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = Fal
     return join([indention, *texts] if first else texts)
 
 
-def _replace(context: nodes.EvalContext, s: str, old: str, new: str, count: int | None = None) -> str:
+def _replace(context: nodes.EvalContext, s: Any, old: str, new: str, count: int | None = None) -> str:
     if not isinstance(s, Marked) and _any_marked((old, new)):
-        s = Marked(s)
+        s = Marked(str(s))
     return filters.do_replace(context, s, old, new, count)
 
 
