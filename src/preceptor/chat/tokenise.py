@@ -319,8 +319,10 @@ class SpelledOut:
 
     def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
         """Whether the text spells out a token that is to be read as plain text. Raises Rejected."""
+        if self._chosen == "allow":
+            return False
         found = next((match.group() for match in self.pattern.finditer(text) if match.group() not in own), None)
-        if found is None or self._chosen == "allow":
+        if found is None:
             return False
         if self._chosen == "reject" or not may_be_plain:
             raise Rejected("special_token_in_text", f"{where} spells out {found!r}")
