@@ -1,6 +1,6 @@
 """Training steps against TRL: the same model, conversations, batches, precision and loss, each in a process of its own.
 
-    python benchmarks/peer.py [--only a b c d large start] [--steps 1] [--again 1]
+    python benchmarks/peer.py [--only a b c d large lora start] [--steps 1] [--again 1]
     python benchmarks/peer.py --model llama-3.1-8b --dtype bfloat16 --precisions bfloat16 --only a b c d      (a GPU)
 
 Work, on a Qwen3 of 8 layers, hidden 384 (random weights), vocabulary 32,000 unless said otherwise:
@@ -10,6 +10,7 @@ Work, on a Qwen3 of 8 layers, hidden 384 (random weights), vocabulary 32,000 unl
     c      retrieval: long context, short answer (6:1), llama3 template
     d      multi-turn reasoning, Qwen3 template: TRL trains one sample a turn, which is what inference sees
     large  a with a vocabulary of 151,936
+    lora   a with a frozen base and LoRA of rank 16 on all linear layers, the same first values on both sides
     start  from the start of the process to the end of the first step, on a, from a file of messages
 
 Each step has conversations that were not seen before, as in an epoch of training. TRL is measured in every

@@ -29,7 +29,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(options["folder"])
     steps = pickle.loads((folder / "trees.pickle").read_bytes())
-    model = load_model(folder / "model", dtype=options["dtype"], device=_device())
+    model = _with_adapter(load_model(folder / "model", dtype=options["dtype"], device=_device()), folder)
     settings = config.Optimizer()
     state = State(model, build_optimizer(model, settings.weight_decay, settings.betas))
     seconds, losses = [], []
@@ -41,6 +41,8 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     found = {"seconds": sum(seconds[1:]), "loss": losses[0], "last_loss": losses[-1], "first_seconds": seconds[0]}
     found["peak_bytes"] = _peak_bytes()
+    if (folder / "adapter").exists():
+        return found
     work = sum(operations_of(model, _turns(tree)) for trees in steps[1:] for tree in trees)
     rate = matrix_product_rate(options["precision"], model.device)
     return found | {
@@ -66,7 +68,7 @@ def theirs(options: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     folder = Path(options["folder"])
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options["dtype"])
+    model = _with_adapter(AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options["dtype"]), folder)
     optimizer, losses = None, []
     seconds: list[float] = []
     for line in (folder / "samples.jsonl").read_text().splitlines():
@@ -188,6 +190,15 @@ def start_theirs(options: dict[str, Any]) -> dict[str, Any]:
     trainer = SFTTrainer(model=str(folder / "model"), args=arguments, train_dataset=data, callbacks=[Finish()])
     trainer.train()
     return {"finished": finished[0]}
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """The model, with the adapter that the work has, if it has one."""
+    if not (folder / "adapter").exists():
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
 
 
 def _device() -> str:

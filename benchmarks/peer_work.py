@@ -1,6 +1,7 @@
 """Work of benchmarks/peer.py: a model and conversations, rendered once, for both sides.
 
 FOLDER/model/           the model and its tokenizer
+FOLDER/adapter/         for LoRA, the adapter with which both sides begin
 FOLDER/messages.jsonl   the conversations
 FOLDER/trees.pickle     ours: for each step one tree a conversation
 FOLDER/samples.jsonl    TRL's: for each step a list of `input_ids` and `labels`, a sample for what must go alone
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rendering_work import Text, make_tokenizer
 
 from preceptor.chat.render import Renderer
@@ -20,13 +22,15 @@ from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree, path_ids
 from preceptor.data.sources import OpenSource
+from preceptor.model.adapters.lora import add_adapter
 
 
 @dataclass(frozen=True)
 class Work:
     """Conversations of one kind, so many a step; ranges are (at least, at most).
 
-    Words are of a made-up language, about 1.3 tokens each.
+    Words are of a made-up language, about 1.3 tokens each. lora: the base stays as it is; LoRA of rank 16 is trained on
+    all linear layers of the decoder.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Work:
     answer_words: tuple[int, int]
     reasoning_words: tuple[int, int] | None = None
     vocab_size: int = 32_000
+    lora: bool = False
 
 
 WORK = {
@@ -47,6 +52,7 @@ WORK = {
         Work("c", "llama3", 4, (1, 1), (600, 1000), (100, 170)),
         Work("d", "qwen3", 4, (4, 6), (15, 40), (40, 90), (80, 200)),
         Work("large", "llama3", 16, (1, 2), (8, 40), (20, 90), vocab_size=151_936),
+        Work("lora", "llama3", 16, (1, 2), (8, 40), (20, 90), lora=True),
     )
 }
 
@@ -66,8 +72,15 @@ def make_model(folder: Path, work: Work, shape: str | None = None, dtype: str = 
     tokenizer = make_tokenizer(work.template)
     settings = SHAPES[shape] if shape else SMALL | {"vocab_size": work.vocab_size}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    random_model(settings | ends, dtype, max_tokens=8192).save_pretrained(folder)
+    model = random_model(settings | ends, dtype, max_tokens=8192)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if work.lora:
+        adapted = add_adapter(model, 16, 32.0, 0.0, None, [], seed=0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # not zero, so that the loss has seen the adapter
+                torch.nn.init.normal_(parameter, std=0.02)
+        adapted.save_pretrained(folder.with_name("adapter"))
 
 
 def prepare(work: Work, folder: Path, num_steps: int = 1) -> dict[str, Any]:

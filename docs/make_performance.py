@@ -26,6 +26,7 @@ WORK = {
     "b": "long answers",
     "c": "retrieval, 6 : 1",
     "d": "multi-turn reasoning, Qwen3 template",
+    "lora": "short chats, LoRA of rank 16",
 }
 
 

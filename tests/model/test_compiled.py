@@ -6,7 +6,6 @@ import compiled as table
 import numpy as np
 import pytest
 import torch
-from children import TORTURE
 from test_passes import assert_same, loss_and_grads
 
 from preceptor.data.dataset import Dataset
@@ -185,13 +184,13 @@ def test_a_model_with_adapted_experts_is_not_compiled(monkeypatch):
     assert Engine(adapted("auto")).state.not_compiled == compiled.ADAPTED_EXPERTS
 
 
-@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows"] + ["Llama, QLoRA"] * bool(TORTURE))
+@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA"])
 def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_length(name):
     """A tree is in each sequence. All cases, by aot_eager, are in benchmarks/results/compiled.json."""
     case = table.CASES[name]
     found = table.measure(case, "eager")
     assert max(found["loss_error"], found["gradient_error"]) < {"float64": 1e-11, "float32": 1e-5}[case.precision]
-    assert 0 < found["graphs"][1] == found["graphs"][2]
+    assert 0 < found["graphs"][1] == found["graphs"][2] <= 12, "a layer is cut at its attention alone"
 
 
 def test_more_layers_are_no_more_graphs():

@@ -9,7 +9,7 @@ them only the bits are kept. Activations are not quantized, unlike in LLM.int8: 
 another is rounded, and packed conversations would see each other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,40 +47,16 @@ class QuantizedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.dequantized(self.dtype)
 
-    @torch.no_grad()
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (outputs, inputs) in a type."""
-        own: Any = self
-        if self.kind == "int8":
-            return own.codes.float().mul_(own.scales[:, None]).mul_(1 / 127).to(dtype)
-        shape = self.out_features, self.in_features
-        if is_dry_run() or own.codes.device.type == "meta":  # as bitsandbytes does it, whose kernel is not asked
-            scales = own.scales.float() if hasattr(own, "table") else own.scales
-            return torch.empty(shape, dtype=dtype, device=scales.device)
-        functional = bitsandbytes().functional
-        second = None
-        if hasattr(own, "table"):
-            second = functional.QuantState(
-                absmax=own.scales_of_scales, code=own.table, blocksize=SCALES_BLOCK, dtype=torch.float32
-            )
-        state = functional.QuantState(
-            absmax=own.scales,
-            shape=torch.Size(shape),
-            code=own.quantiles,
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=torch.float32 if dtype == torch.float64 else dtype,
-            offset=getattr(own, "offset", None),
-            state2=second,
-        )
-        found: Tensor = functional.dequantize_4bit(own.codes, state)
-        return found.to(dtype)
+        return _dequantized([*self.buffers()], (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         device_type = x.device.type
         half = device_type != "meta" and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if half else x.dtype
-        product: Tensor = _Product.apply(x, self, dtype)
+        shape = self.out_features, self.in_features
+        product: Tensor = _Product.apply(x, self.bias, shape, dtype, *self.buffers())
         return product
 
     def extra_repr(self) -> str:
@@ -88,18 +64,44 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b; backward dequantizes W once more."""
+    """x W^T + b; backward dequantizes W once more. `quantized`: the tensors of W, as in `_dequantized`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.layer, ctx.dtype = layer, x.dtype
-        bias: Tensor | None = layer.bias
-        return linear(x.to(dtype), layer.dequantized(dtype), None if bias is None else bias.to(dtype))
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, *quantized: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*quantized)
+        ctx.shape, ctx.dtype = shape, x.dtype
+        weight = _dequantized(quantized, shape, dtype)
+        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return (grad @ ctx.layer.dequantized(grad.dtype)).to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        quantized = ctx.saved_tensors
+        grad_x = grad @ _dequantized(quantized, ctx.shape, grad.dtype)
+        return grad_x.to(ctx.dtype), *[None] * (3 + len(quantized))
+
+
+def _dequantized(quantized: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight of a layer's buffers, by bitsandbytes' operators as torch knows them, so that a graph may hold them.
+
+    quantized: in the order in which `_quantized` names them.
+    """
+    codes, scales, *second = quantized
+    if codes.dtype == torch.int8:
+        return codes.float().mul_(scales[:, None]).mul_(1 / 127).to(dtype)
+    dry = not torch.compiler.is_compiling() and is_dry_run()
+    if dry or codes.device.type == "meta":  # as bitsandbytes does it, whose kernel is not asked
+        scales = scales.float() if second else scales
+        return torch.empty(shape, dtype=dtype, device=scales.device)
+    operators = torch.ops.bitsandbytes
+    if second:
+        scales_of_scales, table, offset = second
+        scales = operators.dequantize_blockwise(scales, scales_of_scales, table, SCALES_BLOCK, torch.float32) + offset
+    known = torch.float32 if dtype == torch.float64 else dtype
+    found: Tensor = operators.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, known)
+    return found.to(dtype)
 
 
 def bitsandbytes() -> Any:
@@ -156,10 +158,10 @@ def _quantized(weight: Tensor, kind: Quantization, double: bool) -> dict[str, Te
     codes, state = functional.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
     )
-    found = {"codes": codes, "scales": state.absmax, "quantiles": state.code}
+    found = {"codes": codes, "scales": state.absmax}
     if double:
         second = state.state2
-        found |= {"offset": state.offset, "scales_of_scales": second.absmax, "table": second.code}
+        found |= {"scales_of_scales": second.absmax, "table": second.code, "offset": state.offset}
     return found
 
 
@@ -174,12 +176,11 @@ def _shapes(weight: Tensor, kind: Quantization, double: bool) -> dict[str, Tenso
     num_scales = -(-weight.numel() // BLOCK)
     codes = empty(-(-weight.numel() // 2), 1, dtype=torch.uint8)
     if not double:
-        return {"codes": codes, "scales": empty(num_scales), "quantiles": empty(16)}
+        return {"codes": codes, "scales": empty(num_scales)}
     return {
         "codes": codes,
         "scales": empty(num_scales, dtype=torch.uint8),
-        "quantiles": empty(16),
-        "offset": empty(),
         "scales_of_scales": empty(-(-num_scales // SCALES_BLOCK)),
         "table": empty(256),
+        "offset": empty(),
     }

@@ -60,10 +60,10 @@ def quantized_bytes(kind: Quantization, double: bool, shape: tuple[int, ...]) ->
     count = math.prod(shape)
     if kind == "int8":
         return count + FLOAT32 * shape[0]
-    scales, quantiles = -(-count // 64), 16
+    scales = -(-count // 64)
     if not double:
-        return -(-count // 2) + FLOAT32 * (scales + quantiles)
-    return -(-count // 2) + scales + FLOAT32 * (-(-scales // 256) + quantiles + 256 + 1)
+        return -(-count // 2) + FLOAT32 * scales
+    return -(-count // 2) + scales + FLOAT32 * (-(-scales // 256) + 256 + 1)
 
 
 Patterns = tuple[tuple[str, ...], tuple[str, ...]]  # `model.freeze` and `model.train_only`
