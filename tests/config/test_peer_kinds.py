@@ -248,6 +248,17 @@ def test_rows_of_token_ids_are_named():
     assert "token ids" in notes_of(of("Axolotl", datasets=[{"path": "own/ids"}]))["data.train type"]
 
 
+def test_an_entry_that_does_not_say_where_the_data_is_is_left_out_and_named():
+    entries = [{"type": "chat_template"}, {"path": None, "type": "sharegpt"}, {"path": "own/set", "type": "sharegpt"}]
+    found = of("Axolotl", datasets=entries)
+    assert [source["path"] for source in found.tree["data"]["train"]] == ["own/set"]
+    assert "does not say where the data is" in notes_of(found)["data.train"]
+    assert convert(PeerFile("Axolotl", {"base_model": "m", "datasets": entries[:1]}), Path()).missing == [
+        "data.train",
+        "out",
+    ]
+
+
 def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, monkeypatch):
     known = {
         "a": {"hf_hub_url": "own/set", "subset": "easy", "num_samples": 50, "columns": {"prompt": "q", "images": "i"}},

@@ -110,7 +110,8 @@ def _set_sources(given: Conversion, folder: Path) -> bool:
         if train:
             texts = all(isinstance(one, Mapping) and one.get("type") in _OF_TEXT for one in train)
         for key, each in (("data.train", train), ("data.eval", held_out)):
-            given.set(key, [_source(given, key, one) for one in each] or None)
+            sources = [source for one in each if (source := _source(given, key, one)) is not None]
+            given.set(key, sources or None)
     if given.settings.get("max_samples") and given.value("max_samples"):
         given.note("max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand")
     return texts
@@ -145,11 +146,14 @@ def _several(entries: Any) -> list[Any]:
     return found
 
 
-def _source(given: Conversion, key: str, entry: Any) -> dict[str, Any]:
-    """One data set of Axolotl's list, or the arguments of `load_dataset`."""
+def _source(given: Conversion, key: str, entry: Any) -> dict[str, Any] | None:
+    """One data set of Axolotl's list, or the arguments of `load_dataset`; None where it does not say which."""
     if not isinstance(entry, Mapping):
         return {"path": str(entry)}
     values = {_SAME.get(str(name), str(name)): value for name, value in entry.items() if value not in OFF}
+    if not values.keys() & {"path", "data_files"}:
+        given.note(key, f"{short(entry)}: left out, for it does not say where the data is")
+        return None
     found = _place(given, key, values)
     if isinstance(values.get("columns"), list):  # those that are read; here the columns of the format are
         values.pop("columns")
