@@ -10,12 +10,13 @@ from torch.nn.functional import linear
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ConfigError, ModelError
-from preceptor.model import quantization
+from preceptor.model import compiled, quantization
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.pissa import keep_first_values
 from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
+from preceptor.model.optimisations import install
 from preceptor.model.options import KEEP_ALL, ActivationPolicy, LoraOptions
 from preceptor.model.quantization import QuantizedLinear, num_parameters, quantizable, quantize, quantized_layers
 from preceptor.plan.memory import quantized_bytes
@@ -97,6 +98,49 @@ def test_the_gradient_of_an_adapter_is_that_of_plain_autograd(kind, double, opti
         Engine(model)(pack_trees(trees()), policy).backward()
         for name, gradient in gradients(model).items():
             torch.testing.assert_close(gradient.double(), expected[name], rtol=2e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt_oss"])
+def test_layers_with_a_bias_take_an_adapter_too(model_type, precision):
+    """Whose product is added to the layer's own in its place."""
+    model = quantized_model(model_type=model_type)
+    shake(model)
+    plain = copy.deepcopy(model)
+    with autocast(torch.device("cpu"), precision):
+        plain_loss(plain).backward()
+        expected = gradients(plain)
+        Engine(model)(pack_trees(trees())).backward()
+    assert any(layer.bias is not None for layer in quantized_layers(model))
+    found, true = (torch.cat([g.flatten() for g in each.values()]) for each in (gradients(model), expected))
+    assert float((found - true).norm() / true.norm()) < (1e-4 if precision == "float32" else 0.05)
+
+
+def kept_by_graphs(loss):
+    """What compiled functions keep for backward, found from the loss on."""
+    nodes, seen, kept = [loss.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kept += node.saved_tensors if "Compiled" in node.name() else ()
+        nodes += [each for each, _ in node.next_functions]
+    return kept
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_compiled_layer_does_not_keep_what_it_dequantizes(kind, monkeypatch):
+    """As a compiler would that saw the same operation in forward and in backward."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager_decomp_partition")
+    model = quantized_model(kind, num_hidden_layers=1)
+    install(model.train(), "compiled")
+    loss = Engine(model)(pack_trees(trees()))
+    kept = [tensor.numel() for tensor in kept_by_graphs(loss) if tensor.is_floating_point()]
+    weights = {layer.in_features * layer.out_features for layer in quantized_layers(model)}
+    assert kept and not weights & {*kept}
+    loss.backward()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gpt_oss", "falcon_h1"])

@@ -72,18 +72,32 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*quantized)
         ctx.shape, ctx.dtype = shape, x.dtype
-        weight = _dequantized(quantized, shape, dtype)
-        return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+        y = linear(x.to(dtype), _dequantized(quantized, shape, dtype))
+        return y if bias is None else y.add_(bias)  # `linear` would give a view, into which no adapter may add
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         quantized = ctx.saved_tensors
-        grad_x = grad @ _dequantized(quantized, ctx.shape, grad.dtype)
-        return grad_x.to(ctx.dtype), *[None] * (3 + len(quantized))
+        product = _opaque_product if torch.compiler.is_compiling() else _product
+        return product(grad, [*quantized], [*ctx.shape]).to(ctx.dtype), *[None] * (3 + len(quantized))
 
 
-def _dequantized(quantized: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _product(grad: Tensor, quantized: list[Tensor], shape: list[int]) -> Tensor:
+    """grad W."""
+    return grad @ _dequantized(quantized, shape, grad.dtype)
+
+
+_opaque_product = torch.library.custom_op("preceptor::product_with_quantized", _product, mutates_args=())
+"""The same as one operator: a compiler that saw W dequantized in backward too would keep that of forward for it."""
+
+
+@_opaque_product.register_fake
+def _(grad: Tensor, quantized: list[Tensor], shape: list[int]) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def _dequantized(quantized: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The weight of a layer's buffers, by bitsandbytes' operators as torch knows them, so that a graph may hold them.
 
     quantized: in the order in which `_quantized` names them.

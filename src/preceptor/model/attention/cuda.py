@@ -52,7 +52,8 @@ BLOCK = 128  # tokens a side; flex's own, and the shortest sequence for which it
 _SMALLEST_FLEX_HEAD = 16
 _LARGEST_FLASH_HEAD = 256
 _FLASH_CAPABILITY = (8, 0)
-_MOST_FORMS = 32  # compiled forms of flex; 2 windows, with and without gradients, at 2 kinds of length are torch's 8
+_MOST_FORMS = 256  # compiled forms of flex: 2 windows, with and without gradients, at 2 kinds of length are torch's 8;
+# older versions may make one for a length too, and more forms than this end the run
 FLEX = "flex_attention"
 _FLASHES = {9: ("FA3", "FA4"), 10: ("FA4",)}  # by a GPU's capability, the fastest first
 _in_use: set[str] = set()  # kernels that another can take the place of, and that have run in this process
