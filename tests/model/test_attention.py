@@ -184,6 +184,11 @@ def test_no_mask_is_built(monkeypatch):
     assert seen and all(mask is None for mask in seen)
 
 
+def test_dropout_in_attention_is_rejected_by_the_key_of_the_models_config():
+    with pytest.raises(ModelError, match="Set attn_pdrop to 0"):
+        Engine(tiny_model("gpt2", attn_pdrop=0.1).train()).hidden_states(forest_sequence())
+
+
 def test_dropout_in_attention_is_rejected_in_training_only():
     model = tiny_model("llama", attention_dropout=0.1)
     Engine(model.eval()).hidden_states(forest_sequence())

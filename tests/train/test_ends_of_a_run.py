@@ -1,12 +1,15 @@
 """How a run ends or goes on: the best model, early, skipped steps, files that ask, checkpoints by the clock."""
 
 import json
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from children import killed_at_step
+from ranks import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -18,7 +21,7 @@ from preceptor.errors import CheckpointError, DataError, ModelError
 from preceptor.train import checkpoint, loop
 from preceptor.train import step as stepping
 from preceptor.train.prepare import prepare
-from preceptor.train.signals import EXIT_CODE, StopRequest
+from preceptor.train.signals import EXIT_CODE, Stopped, StopRequest
 from runs import execute
 from tiny import tiny_model, tiny_tokenizer
 
@@ -302,6 +305,24 @@ def test_one_rank_tells_the_others_what_it_was_told(tmp_path):
         (tmp_path / "STOP").touch()
         stop.after_step()
         assert stop.number == -1
+
+
+def _told_behind_the_look(world):
+    stop = StopRequest()
+    with stop.while_training(Path("nowhere"), world):
+        stop.after_step()
+        if world.rank == 0:
+            stop.receive(signal.SIGTERM)
+        stop.check()  # alone it would save, while the others take the next step: all would wait for ever
+        stop.after_step()
+        with pytest.raises(Stopped):
+            stop.check()
+    return stop.number
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_no_rank_stops_before_all_know():
+    assert run_ranks(2, _told_behind_the_look) == [signal.SIGTERM] * 2
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(run_file, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,24 @@ def started(*command, **more):
     )
 
 
+def descendants(pid):
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += children.get(each, ())
+    return found[1:]
+
+
 def ended(process):
     """What it printed. It is killed, with all that it started, when it takes too long."""
     try:
         return process.communicate(timeout=SECONDS)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *descendants(process.pid)]:  # the ranks have sessions of their own
+            os.kill(pid, signal.SIGKILL)
         pytest.fail(f"took more than {SECONDS} s: {process.communicate()[0]}")
 
 

@@ -144,6 +144,7 @@ class Loop:
         if due or self.ends or self.state.step in (0, self.num_steps):
             with self.stop.at_once():
                 self.evaluations.evaluate(self.state)
+            self.stop.after_step()  # what one of several ranks was told meanwhile: it may be the last look
         self._keep_best()
         return stopped_early(self.evaluations.lines, self.run.train.patience) is not None
 

@@ -43,12 +43,14 @@ class StopRequest:
 
     Before the training, and inside `at_once` (where nothing is changed that must be saved), the first signal raises
     Stopped where the program is; else it is kept in `number`, for the loop to look at after each step. What one of
-    several ranks was told, `after_step` makes known to all. folder: where the files are looked for. listened: the
-    signals, each with the handler that it has after the first one.
+    several ranks was told, `after_step` makes known to all, and none acts on it before: a signal may reach one of them
+    when the others have looked. folder: where the files are looked for. listened: the signals, each with the handler
+    that it has after the first one.
     """
 
     def __init__(self, listened: Mapping[int, SignalHandler] | None = None) -> None:
         self.number: int | None = None
+        self._known_to_all: int | None = None
         self.folder: Path | None = None
         self._world = ONE
         self._listened = listened or {}
@@ -87,7 +89,7 @@ class StopRequest:
     def after_step(self, clocks: Sequence[bool] = ()) -> list[bool]:
         """What all ranks know after a step: whether to save at once; and of `clocks` what the first rank's say.
 
-        A request to stop is in `number` then, on all ranks.
+        A request to stop is known to all ranks then.
         """
         first = self._world.is_first
         asked = [first and self._asks(SAVE_FILE), *(first and due for due in clocks)]
@@ -97,7 +99,7 @@ class StopRequest:
         # 1 for the file, twice a signal's number: the largest of all ranks counts
         told, *known = self._world.max(1 if number == _FILE else 2 * number, *asked)
         if told:
-            self.number = _FILE if told == 1 else int(told) // 2
+            self.number = self._known_to_all = _FILE if told == 1 else int(told) // 2
         return [bool(value) for value in known]
 
     def _asks(self, name: str) -> bool:
@@ -111,9 +113,10 @@ class StopRequest:
                     (self.folder / name).unlink()
 
     def check(self) -> None:
-        """Raises Stopped where the run has been told to stop."""
-        if self.number is not None:
-            raise Stopped(self.number)
+        """Raises Stopped where the run has been told to stop; of several ranks, on all or on none."""
+        number = self.number if self._world.size == 1 else self._known_to_all
+        if number is not None:
+            raise Stopped(number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -123,6 +123,9 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # of configs, by their authors
+
+
 def forest_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -153,7 +156,9 @@ def forest_attention_forward(
     asked = {name: setting for name, setting in asked.items() if setting is not None and setting is not False}
     unknown = sorted(asked.keys() - _WITHOUT_EFFECT)
     if unknown:
-        advice = " Set attention_dropout to 0 in the model's config.json." if "dropout" in unknown else ""
+        config = getattr(module, "config", None)
+        key = next((name for name in _DROPOUT_KEYS if getattr(config, name, None)), _DROPOUT_KEYS[0])
+        advice = f" Set {key} to 0 in the model's config.json." if "dropout" in unknown else ""
         raise ModelError(
             f"{layer} asks attention for {', '.join(unknown)}, which no sequence layout can honour.{advice}"
         )
