@@ -157,8 +157,8 @@ def forest_attention_forward(
     unknown = sorted(asked.keys() - _WITHOUT_EFFECT)
     if unknown:
         config = getattr(module, "config", None)
-        key = next((name for name in _DROPOUT_KEYS if getattr(config, name, None)), _DROPOUT_KEYS[0])
-        advice = f" Set {key} to 0 in the model's config.json." if "dropout" in unknown else ""
+        setting = next((name for name in _DROPOUT_KEYS if getattr(config, name, None)), _DROPOUT_KEYS[0])
+        advice = f" Set {setting} to 0 in the model's config.json." if "dropout" in unknown else ""
         raise ModelError(
             f"{layer} asks attention for {', '.join(unknown)}, which no sequence layout can honour.{advice}"
         )
