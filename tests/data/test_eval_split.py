@@ -10,7 +10,8 @@ from preceptor.data import reading
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.data.sources import Side, open_sources
 from preceptor.errors import ConfigError, DataError
-from preceptor.inspect.check import check_data, to_json, to_text
+from preceptor.inspect.check import check_data, to_json
+from preceptor.inspect.check_text import to_text
 from preceptor.inspect.suggestion import hold_out, read_lengths
 from preceptor.plan.sample import sample_data
 from preceptor.train.differences import changed_keys

@@ -14,7 +14,8 @@ from preceptor.data import reading, workers
 from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Segment, Tree, leaf_path_lengths, turn_lengths
 from preceptor.data.sources import OpenSource
-from preceptor.inspect.check import Lengths, check_data, to_json, to_text
+from preceptor.inspect.check import Lengths, check_data, to_json
+from preceptor.inspect.check_text import to_text
 from preceptor.train.prepare import prepare
 
 USER = {"role": "user", "content": "Hi"}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.modules import FusedAdapter, SharedCastLinear
+from preceptor.model.activations.linear import FusedAdapter, SharedCastLinear
 from preceptor.model.activations.passes import DecoderPass, ModelState, SharedCasts, adopt
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine

@@ -93,12 +93,12 @@ def test_plain_runs_the_authors_modules_and_a_dense_mask(monkeypatch):
     """Planted: each fast path is broken."""
     model = plain_model("llama")
     true = Engine(model)(SEQUENCES["packed"]).item()
-    from preceptor.model.activations import modules
+    from preceptor.model.activations import linear, modules
     from preceptor.model.attention import runs
 
     broken = lambda *_, **__: pytest.fail("not plain")  # noqa: E731
     monkeypatch.setattr(runs, "attend_runs", broken)
-    for function in (modules._Gated, modules._HalfLinear, modules._Norm):
+    for function in (modules._Gated, linear._HalfLinear, modules._Norm):
         monkeypatch.setattr(function, "apply", broken)
     with torch.autocast("cpu", torch.bfloat16):
         found = Engine(model)(SEQUENCES["packed"]).item()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor.train import loop
+from preceptor.train.evaluations import Evaluations
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
@@ -174,6 +175,25 @@ def test_two_processes_leave_what_one_leaves(run_file, tmp_path, preceptor, stra
     assert (first.code, second.code) == (0, 0), first.shown + second.shown
     assert second.shown.strip() == "" or "Warning" in second.shown, second.shown
     require_same(tmp_path / "two", tmp_path / "one")
+
+
+def test_what_one_process_is_told_in_the_last_evaluation_stops_all(run_file, tmp_path):
+    evaluate = Evaluations.evaluate
+
+    def told(self, state, **named):
+        evaluate(self, state, **named)
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(rank):
+        if rank == 1:
+            Evaluations.evaluate = told
+
+    file = run_file(eval_rows=conversations(2))
+    first, second = run_command(2, "train", file, before=before)
+    assert (first.code, second.code) == (75, 75), first.shown + second.shown
+    assert "stopped by SIGTERM after step 4, which is saved" in first.shown
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 @pytest.mark.parametrize("told", ["SIGTERM", "the file STOP"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.errors import CheckpointError
-from preceptor.inspect import check
+from preceptor.inspect.check_text import to_text
 from preceptor.plan import text as plan_text
 from preceptor.report.curves import panels
 from preceptor.report.findings import judge
@@ -47,7 +47,7 @@ class CheckResult(_ShownAsText):
         return cls(**own, rejections=found["rejections"], facts=found)
 
     def __str__(self) -> str:
-        return check.to_text(dict(self.facts))
+        return to_text(dict(self.facts))
 
 
 @dataclass(frozen=True)

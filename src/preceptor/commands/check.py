@@ -18,7 +18,8 @@ def check(
     """Prove every example and count what is rejected. Exit code 3 unless the run file allows it."""
     run = options.run_of(run_file, model, data, chat_template, overrides)
     with options.large_imports():
-        from preceptor.inspect.check import check_data, to_json, to_text
+        from preceptor.inspect.check import check_data, to_json
+        from preceptor.inspect.check_text import to_text
 
     found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)))
     options.print_result(found, as_json, to_text)

@@ -22,14 +22,12 @@ from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.errors import ModelError, is_out_of_memory
 from preceptor.model.activations.inputs import SequenceInputs, split_by_loss
 from preceptor.model.activations.layers import EngineLayer, PathMixer
+from preceptor.model.activations.linear import FusedAdapter, SharedCastLinear, is_plain_lora
 from preceptor.model.activations.modules import (
     AccumulatingEmbedding,
     EfficientGLU,
     EfficientNorm,
-    FusedAdapter,
-    SharedCastLinear,
     glu_activation,
-    is_plain_lora,
     norm_form,
 )
 from preceptor.model.activations.passes import ModelState, adopt, decode_whole, release

@@ -93,7 +93,7 @@ class Session:
             if folder.has_model:
                 self._complete(folder)
                 return
-            from preceptor.inspect.check import format_line
+            from preceptor.inspect.check_text import format_line
 
             with self.importing():
                 from preceptor.train.prepare import prepare
