@@ -58,12 +58,13 @@ class FusedAdapter(nn.Module):
         if x.dtype != dtype and not (casts_input and x.dtype == torch.float32):
             return super().forward(x)
         if state.compiles:
-            y = layer.base_layer(x) + lora_B(lora_A(x)) * scale
+            rows = x.flatten(0, -2)
+            y = torch.addmm(layer.base_layer(rows), lora_A(rows), lora_B.weight.T, alpha=scale)
         else:
             x_half = x.detach() if x.dtype == dtype else state.casts.of_input(x, dtype)
             rows, low = _Branch.apply(x, x_half, lora_A.weight)
             y = _AddedProduct.apply(layer.base_layer(rows), low, lora_B.weight, scale)
-            y = y.view(*x.shape[:-1], y.shape[-1])
+        y = y.view(*x.shape[:-1], y.shape[-1])
         return _with_lengths(layer, adapters[0], y) if adapters[0] in layer.lora_variant else y
 
 
