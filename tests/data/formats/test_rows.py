@@ -59,12 +59,33 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}
         ({"prompt": "a", "response": "b"}, said("a", "b"), "prompt and response"),
         ({"prompt": [USER, ANSWER, USER], "response": "b"}, [USER, ANSWER, USER, {**ANSWER, "content": "b"}], None),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER], "prompt and completion as messages"),
+        ({"prompt": json.dumps([USER]), "response": "b"}, [USER, {**ANSWER, "content": "b"}], None),
+        ({"prompt": json.dumps([USER]), "response": json.dumps([ANSWER])}, [USER, ANSWER], None),
+        ({"prompt": json.dumps(SHAREGPT[:1]), "response": json.dumps(SHAREGPT[1:])}, [USER, ANSWER], None),
     ],
 )
 def test_a_conversation_in_every_format(row, expected, name):
     found = messages(row)
     assert found == (row["messages"] if expected is None else expected)
     assert name in (None, format_of(row))
+
+
+@pytest.mark.parametrize("form", [[USER], json.dumps([USER]), " " + json.dumps(SHAREGPT[:1], indent=1)])
+@pytest.mark.parametrize("answer", [[ANSWER], json.dumps([ANSWER]), json.dumps(SHAREGPT[1:])])
+def test_prompt_and_completion_may_be_messages_as_json(form, answer):
+    found = to_example({"prompt": form, "completion": answer}, "x:1")
+    assert [dict(message.given) for message in found.messages] == [USER, ANSWER]
+    assert [message.train for message in found.messages] == [False, True]
+    assert format_of({"prompt": form, "completion": answer}) == "prompt and completion as messages"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "[]", '{"role": "user"}', '[{"a": 1}]', '[{"role": "user"', "[NaN]", '[{"a": 1, "a": 2}]', "[[]]"],
+)
+def test_a_prompt_that_looks_like_json_and_is_no_messages_is_text(text):
+    assert to_example({"prompt": text, "completion": text}, "x:1") == Completion("x:1", text, text)
+    assert messages({"prompt": text, "response": text}) == said(text, text)
 
 
 def test_what_is_no_conversation():
@@ -150,6 +171,13 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ({"prompt": "a", "completion": "b", "input": "c"}, "unread_column", "'input'"),
         ({"prompt": "a", "completion": "b", "system": "c"}, "needs_template", "system would be lost"),
         ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "needs_template", "tools would be lost"),
+        (
+            {"prompt": json.dumps([USER]), "completion": "b"},
+            "bad_prompt_completion",
+            "prompt is list and completion str",
+        ),
+        ({"prompt": "a", "completion": json.dumps([ANSWER])}, "bad_prompt_completion", "prompt is str and completion"),
+        ({"prompt": "a", "response": json.dumps([ANSWER])}, "bad_prompt_completion", "prompt is str and response list"),
         ({"question": "a", "answer": 3}, "not_text", "answer is 3"),
         ({"question": "a", "answer": " "}, "empty_answer", "answer is empty"),
         ({"instruction": " ", "input": "", "output": "b"}, "empty_prompt", "instruction is empty"),
