@@ -1,12 +1,16 @@
 """Rows in every format -> the messages that they mean, or a rejection with its reason."""
 
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 
 from preceptor.config import ROW_KEYS, Source
+from preceptor.config.held import LiveSource
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats.rows import PAIRS, format_of, has_format, read_row
+from preceptor.data.formats.tables import RecordList
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
 
@@ -258,6 +262,37 @@ def test_a_column_that_is_not_there_is_rejected_with_the_nearest(tmp_path):
         )
     with pytest.raises(ConfigError, match="`columns` names prompt, which make no format"):
         list(OpenSource(Source(path=path, columns={"prompt": "frage"})).examples())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "memory"])
+def test_a_column_that_a_format_can_lack_may_occur_late(tmp_path, kind):
+    """The file is looked through before it is refused."""
+
+    def opened(rows, columns):
+        if kind == "memory":
+            return OpenSource(LiveSource(path="memory:a", table=RecordList(rows, "memory:a"), columns=columns))
+        text = json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        content = gzip.compress(text.encode()) if kind.endswith("gz") else text.encode()
+        (tmp_path / f"a.{kind}").write_bytes(content)
+        return OpenSource(Source(path=str(tmp_path / f"a.{kind}"), columns=columns))
+
+    rows = [{"m": [USER, ANSWER]} for _ in range(150)]
+    with_tools = [*rows, {"m": [USER, ANSWER], "t": [TOOL]}]
+    for each in (opened(with_tools, {"messages": "m", "tools": "t"}),) * 2:
+        assert [found.tools for found in each.examples()] == [None] * 150 + [[TOOL]]
+    with pytest.raises(DataError, match="has no column 't', which `columns` names"):
+        list(opened(rows, {"messages": "m", "tools": "t"}).examples())
+    late = [*rows, {"q": "a", "a": "b"}]
+    with pytest.raises(DataError, match="has no column 'q'"):
+        list(opened(late, {"prompt": "q", "response": "a"}).examples())
+
+
+def test_a_column_that_a_format_needs_is_missed_at_once(tmp_path):
+    """Nothing is read beyond the first examples."""
+    path = write(tmp_path, [{"m": [USER, ANSWER]} for _ in range(150)])
+    Path(path).write_text(Path(path).read_text() + "broken")
+    with pytest.raises(DataError, match="has no column 'n'"):
+        list(OpenSource(Source(path=path, columns={"messages": "n", "tools": "m"})).examples())
 
 
 def test_the_format_of_each_row_is_named(tmp_path):
