@@ -312,7 +312,8 @@ def pair_messages(row: RawRecord, pair: tuple[str, str]) -> list[dict[str, Any]]
     """A prompt and its answer as messages.
 
     Alpaca's `input`, where it is not blank, follows the instruction after a blank line; `history` is a list of earlier
-    [instruction, answer] pairs, trained like the last. Raises Unreadable for what is no text.
+    [instruction, answer] pairs, trained like the last. A `prompt`, or it and its `response`, may be messages. Raises
+    Unreadable for what is no text.
     """
     if pair[0] == "prompt":
         prompt, said = _read_messages(row["prompt"]), _read_messages(row["response"])

@@ -9,7 +9,8 @@
     owner/name         a data set of the Hugging Face Hub, where no file or folder has that name
 
 `split` chooses in a folder (train-00000-of-00002.parquet, train.jsonl, train/...), and must where the names of the
-files tell of several splits, so that no test set is trained on unseen.
+files tell of several splits, or of one that is not for training beside files of none, so that no test set is trained on
+unseen.
 """
 
 import difflib
