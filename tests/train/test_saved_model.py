@@ -246,7 +246,7 @@ def test_an_adapter_with_new_tokens_loads_with_its_tokenizer(kind, run_file, tmp
         )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # untied and tied
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi"])  # untied, tied, and a head with a bias
 @pytest.mark.parametrize(
     ("case", "special", "template", "rows"),
     [

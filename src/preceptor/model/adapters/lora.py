@@ -52,8 +52,7 @@ def add_adapter(
     as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
     gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. first_values
     False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved with the adapter.
-    Raises ModelError for a target or a pattern that the model has not, or that peft rejects; and for new tokens where
-    `_modules_to_save` says so.
+    Raises ModelError for a target or pattern that the model has not, for what peft rejects, and as `_modules_to_save`.
     """
     layers = linear_layers(model)
     _require_targets(model, layers, target_modules)
@@ -87,15 +86,12 @@ def add_adapter(
         except ValueError as error:
             raise ModelError(f"adapter: {_reason(error)}") from error
         assert isinstance(adapted, PeftModel)
-        base = adapted.peft_config["default"].base_model_name_or_path
-        if base and Path(base).is_dir():  # a relative path means nothing where the adapter is loaded
-            adapted.peft_config["default"].base_model_name_or_path = str(Path(base).absolute())
         if options.keeps_first_values:
             if first_values:
                 start_at_singular_values(adapted, fast=options.init == "pissa_fast")
             keep_first_values(adapted)
     _train_in_float32(adapted)
-    _sort_names(adapted)
+    _settle(adapted.peft_config["default"])
     return adapted
 
 
@@ -119,13 +115,16 @@ def _reason(error: ValueError) -> str:
     )
 
 
-def _sort_names(adapted: PeftModel) -> None:
-    """peft keeps names as sets, whose order is another one in each process."""
-    for settings in adapted.peft_config.values():
-        for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
-            found = getattr(settings, key, None)
-            if isinstance(found, set):
-                setattr(settings, key, sorted(found))
+def _settle(config: Any) -> None:
+    """Settings that mean the same in every process and folder: peft keeps names as sets, whose order is another one in
+    each process, and the base as it was named, which may be a relative path."""
+    for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        found = getattr(config, key, None)
+        if isinstance(found, set):
+            setattr(config, key, sorted(found))
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir():
+        config.base_model_name_or_path = str(Path(base).absolute())
 
 
 def _patterns(rank: int, alpha: float, options: LoraOptions, names: Sequence[str]) -> dict[str, Any]:
