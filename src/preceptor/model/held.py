@@ -135,7 +135,8 @@ def leave_plain(model: Any) -> None:
     """A trained model as plain transformers or peft runs it, in evaluation mode."""
     model.zero_grad(set_to_none=True)
     for parameter in model.parameters():
-        parameter.grad_dtype = parameter.dtype  # of bfloat16 weights float32 in training
+        if parameter.grad_dtype != parameter.dtype:  # of bfloat16 weights float32 in training
+            parameter.grad_dtype = parameter.dtype
     remove(model)
     model.eval()
 
