@@ -48,10 +48,9 @@ def add_adapter(
     """Freeze the model and put LoRA beside its linear layers; the update is alpha / rank * B A, zero at first.
 
     target_modules: names of linear layers as in `q_proj`; None for all of the decoder's that an adapter has an effect
-    on (see `_out_of_reach`), and experts. new_token_ids: rows of the embedding (and of an untied head) that are trained
-    as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
-    gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. first_values
-    False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved with the adapter.
+    on (see `_out_of_reach`), and experts. new_token_ids: tokens that the base never saw; their rows of the embedding
+    and of an untied head alone are trained, as they are. What is trained is float32. The first values of A follow from
+    `seed`; first_values False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved.
     Raises ModelError for a target or pattern that the model has not, for what peft rejects, and as `_modules_to_save`.
     """
     layers = linear_layers(model)
