@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -97,6 +98,35 @@ def test_the_live_model_and_its_tokenizer_are_left_trained_as_plain_transformers
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert settings["model"]["path"] == "live:LlamaForCausalLM"
     assert settings["data"]["train"][0]["path"] == "memory:data.train"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("adapter", [None, {"rank": 2, "modules_to_save": ["lm_head", "norm"]}])
+def test_a_bfloat16_model_is_left_to_an_optimizer_of_the_programs_own(tmp_path, live, adapter, fails):
+    given = live(torch.bfloat16)
+    run = run_of(tmp_path, given, adapter=adapter)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        for _ in run.steps():
+            _ = 1 / (not fails)
+    optimizer = torch.optim.AdamW(p for p in run.model.parameters() if p.requires_grad)
+    ids = torch.tensor([[5, 6, 7]])
+    run.model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.dtype == p.dtype for p in run.model.parameters() if p.grad is not None)
+    optimizer.step()
+
+
+def test_an_adapter_that_no_step_has_trained_is_taken_away_whole(tmp_path, live):
+    given = live(torch.bfloat16)
+    model, before = given["model"], given["model"].state_dict()
+    norm, kinds = model.model.norm, [type(module) for module in model.modules()]
+    sections = {"adapter": {"rank": 2, "modules_to_save": ["lm_head", "norm"]}, "optimizer": {"lr_factors": {"no": 2}}}
+    with pytest.raises(ModelError, match=r"optimizer\.lr_factors"):
+        run_of(tmp_path, given, **sections).train()
+    assert model.model.norm is norm and [type(module) for module in model.modules()] == kinds
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    after = model.state_dict()
+    assert after.keys() == before.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_model_trained_before_is_trained_on_with_its_tokenizer(tmp_path, live):

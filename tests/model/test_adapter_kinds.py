@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model.adapters.folder import merge_folder
-from preceptor.model.adapters.lora import add_adapter, load_adapter
+from preceptor.model.adapters.lora import add_adapter, load_adapter, merge
 from preceptor.model.adapters.pissa import lora_layers
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel
@@ -266,6 +267,18 @@ def test_modules_that_are_trained_whole():
     assert not any("layers.0.mlp" in at for at, _ in lora_layers(inside))
 
 
+def test_what_was_trained_whole_takes_the_type_of_the_base():
+    """After a merge, whoever makes it: nothing casts to float32 any more."""
+    model, ids = shake(make("whole", dtype=torch.bfloat16)).eval(), torch.tensor([[1, 2, 3, 60]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        for plain in (merged(model), merge(copy.deepcopy(model))):
+            found = plain.to(torch.bfloat16)(input_ids=ids).logits
+            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    one = merge(copy.deepcopy(model))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.modules())
+
+
 def test_lora_plus_is_a_factor_of_the_learning_rate():
     from preceptor import config
 
@@ -323,3 +336,47 @@ def test_dora_and_dropout_on_experts_say_what_to_do():
         with pytest.raises(ModelError, match=r"one tensor take neither dropout nor DoRA.*target_modules"):
             add_adapter(tiny_model("mixtral"), 4, 8.0, dropout, None, [], seed=0, options=options)
     assert math.isfinite(plain_loss(add_adapter(tiny_model("gpt_oss"), 4, 8.0, 0.1, None, [], seed=0)).item())
+
+
+def test_a_table_by_any_name_has_rows_for_new_tokens(tmp_path, tokenizer):
+    """Mamba's is called `embeddings`."""
+    base, options = tiny_model("mamba", tie_word_embeddings=False), LoraOptions(modules_to_save=("embeddings",))
+    model = copy.deepcopy(base)
+    model.resize_token_embeddings(72, mean_resizing=False)
+    model = shake(add_adapter(model, 4, 8.0, 0.0, None, [], seed=0, options=options))
+    save_model(model, tokenizer, tmp_path / "a", adapter="adapter")
+    assert "resize_token_embeddings(72" in (tmp_path / "a" / "adapter" / "README.md").read_text()
+    again = merge_folder(base, tmp_path / "a" / "adapter")
+    ids = torch.tensor([[1, 2, 70]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits[..., :64]
+        torch.testing.assert_close(again(ids).logits[..., :64], expected, rtol=1e-4, atol=1e-5)
+
+
+def without_one(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+def with_another(tensors):
+    return {**tensors, "base_model.model.model.layers.0.self_attn.x_proj.lora_A.weight": torch.ones(4, 32)}
+
+
+def under_other_names(tensors):
+    return {name.replace("model.layers", "layers"): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "words"),
+    [
+        (without_one, 2, "1 weights are missing in it: base_model.model.model.layers.0"),
+        (with_another, 2, r"1 of its weights fit no layer: .*x_proj"),
+        (under_other_names, 2, "28 weights are missing in it"),
+        (dict, 1, r"14 of its weights fit no layer: .*layers\.1"),
+    ],
+)
+def test_an_adapter_is_merged_whole_or_not_at_all(change, layers, words, tmp_path, tokenizer):
+    save_model(make("lora", dtype=torch.float32), tokenizer, tmp_path / "a", adapter="adapter")
+    file = tmp_path / "a" / "adapter" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"cannot be loaded as an adapter of .*: {words}"):
+        merge_folder(tiny_model("llama", num_hidden_layers=layers), tmp_path / "a" / "adapter")

@@ -1,8 +1,11 @@
 """LoRA behind the same forward pass: what is trained, that it starts at nothing, and that merging is exact."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
@@ -158,3 +161,38 @@ def test_the_names_of_adapted_layers_have_one_order_in_every_process(tmp_path):
     settings = adapted("llama").peft_config["default"]
     assert isinstance(settings.target_modules, list) and settings.target_modules == sorted(settings.target_modules)
     assert len(settings.target_modules) == 2 * 7
+
+
+def logits(model, ids=(1, 60, 7, 63, 5)):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("phi", "lm_head"), ("gptj", "lm_head"), ("inkling_text", "embed_tokens")])
+def test_a_table_that_is_more_than_rows_is_trained_whole(kind, whole, tmp_path):
+    """The bias of a head, the norm of an embedding: where peft trains rows, it leaves them out."""
+    base = tiny_of(kind)
+    for module in (base.get_output_embeddings(), getattr(base.get_input_embeddings(), "embed_norm", None)):
+        for p in [] if module is None else module.parameters():
+            torch.nn.init.normal_(p.data)
+    plain = copy.deepcopy(base)
+    model = add_adapter(base, 4, 8.0, 0.0, None, NEW, seed=0)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
+    alone = pack_trees([chain(np.random.default_rng(0), (6, 9, 3, 8))], alone=True)
+    loss = Engine(model)(alone)
+    assert loss.item() == pytest.approx(Engine(plain)(alone).item(), rel=1e-5)
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
+    trained = logits(model)
+    assert (trained - logits(plain)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(merged(model)), trained, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, tmp_path)), trained, rtol=1e-4, atol=1e-5)
+    assert [name.rpartition(".")[2] for name in model.peft_config["default"].modules_to_save] == [whole]
+
+
+def test_a_tied_table_that_is_more_than_rows_takes_no_new_tokens():
+    assert add_adapter(tiny_of("modernbert-decoder"), 4, 8.0, 0.0, None, [], seed=0)
+    words = r"adapter: .*decoder of ModernBertDecoderForCausalLM has more than a row .*a bias.* are one table"
+    with pytest.raises(ModelError, match=words):
+        add_adapter(tiny_of("modernbert-decoder"), 4, 8.0, 0.0, None, NEW, seed=0)

@@ -75,6 +75,17 @@ def test_a_checkpoint_is_the_model_that_the_run_saves_of_it(kind, trained, prece
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_modules_that_are_trained_whole_have_the_type_of_the_others(dtype, preceptor, run_file, tmp_path):
+    whole = {"kind": "lora", "rank": 2, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    code, _, err = preceptor("train", run_file(**SETTINGS, adapter=whole, model__dtype="bfloat16"))
+    assert code == 0, err
+    saved = load_evaluated_model(str(tmp_path / "run"), dtype, "cpu")
+    found = open_model(str(tmp_path / "run/checkpoints/step-00000004"), dtype, "cpu")
+    assert {p.dtype for p in found.model.parameters()} == {getattr(torch, dtype)}
+    assert torch.equal(logits(found), logits(saved))
+
+
 def test_the_commands_take_a_checkpoint(trained, preceptor, tmp_path):
     run = trained()
     task = tmp_path / "task.jsonl"

@@ -1,16 +1,19 @@
 """Runs that start from another run's model or adapter, and runs that are lengthened."""
 
 import json
+import re
 
 import pytest
 import torch
-from children import Killed
+from children import Killed, killed_at_step
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ConfigError
 from preceptor.train.run_folder import with_start
+from tiny import tiny_model, tiny_tokenizer
 
 LORA = ("adapter={rank: 2, dropout: 0.1}",)
 
@@ -72,16 +75,79 @@ def test_in_all_other_cases_its_model_is_the_base(first, tmp_path, before, now):
     [
         ("adapter={rank: 4, dropout: 0.1}", r"adapter\.rank: 2 there, 4 here"),
         ("adapter={rank: 2, alpha: 64}", r"adapter\.alpha: 4 there, 64 here"),
-        ("adapter={rank: 2, target_modules: [q_proj]}", r"not adapted here \(adapter\.target_modules, new tokens\)"),
+        (
+            "adapter={rank: 2, target_modules: [q_proj]}",
+            r"not adapted here \(adapter\.target_modules, adapter\.modules_to_save\)",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(first, tmp_path, settings, words):
     start = first(*LORA)
     code, shown = start("--from", tmp_path / "a", settings, f"out={tmp_path}/b")
     assert code == 5 and "this adapter does not fit the run's" in shown
-    import re
-
     assert re.search(words, shown), shown
+    assert not (tmp_path / "b").exists()
+
+
+def template(folder, *tokens):
+    """One that writes two special tokens around each message."""
+    first, last = tokens
+    text = "{% for m in messages %}" + first + "{{ m.role }} {{ m.content }}" + last + "{% endfor %}"
+    file = folder / f"{first}{last}.jinja"
+    file.write_text(text + "{% if add_generation_prompt %}" + first + "assistant {% endif %}")
+    return f"data.chat_template={file}"
+
+
+def rows_of(folder):
+    """Each token's trained rows, by the table's name."""
+    adapter = folder / "model" / "adapter"
+    ids = json.loads((adapter / "adapter_config.json").read_text())["trainable_token_indices"]
+    names = AutoTokenizer.from_pretrained(adapter).convert_ids_to_tokens
+    found = load_file(adapter / "adapter_model.safetensors")
+    rows = {name.split(".")[-3]: tensor for name, tensor in found.items() if "trainable_tokens" in name}
+    return {(table, names(id_)): row for table in rows for id_, row in zip(ids[table], rows[table], strict=True)}
+
+
+def test_rows_of_tokens_are_trained_on_by_their_ids(first, tmp_path):
+    """Tokens in reserve: `<|b|>`, of the first run alone, keeps its row; `<|c|>`, of the second alone, gets its own."""
+    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<|a|>", "<|b|>", "<|c|>"))
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            table[1:4] = table.mean(dim=0)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    shared = (*LORA, f"model.path={tmp_path}/base", "checkpoint.every=1 steps")
+    start = first(*shared, template(tmp_path, "<|a|>", "<|b|>"))
+    again = ("--from", tmp_path / "a", *shared, template(tmp_path, "<|a|>", "<|c|>"))
+    code, shown = start(*again, "optimizer.learning_rate=1e-9", f"out={tmp_path}/b")
+    assert code == 0, shown
+    before, after = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
+    assert {token for _, token in before} == {"<|a|>", "<|b|>"} and {token for _, token in after} == {
+        "<|a|>",
+        "<|b|>",
+        "<|c|>",
+    }
+    for key, row in before.items():
+        torch.testing.assert_close(after[key], row, rtol=0, atol=1e-7)
+    for table in ("embed_tokens", "lm_head"):
+        assert all((after[table, "<|c|>"] - before[table, other]).norm() > 0.1 for other in ("<|a|>", "<|b|>"))
+    assert start(*again, f"out={tmp_path}/whole")[0] == 0
+    with killed_at_step(2):
+        start(*again, f"out={tmp_path}/killed")
+    assert start(*again, f"out={tmp_path}/killed")[0] == 0
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_rows_of_other_tokens_under_the_same_ids_are_refused(first, tmp_path):
+    start = first(*LORA, template(tmp_path, "<|a|>", "<|b|>"))
+    again = ("--from", tmp_path / "a", *LORA, template(tmp_path, "<|a|>", "<|c|>"), f"out={tmp_path}/b")
+    code, shown = start(*again)
+    assert code == 5 and "rows for other tokens than the run's" in shown
+    assert re.search(
+        r"<\|b\|> is \d+ there, absent here\. Set data\.chat_template as in the run", " ".join(shown.split())
+    )
     assert not (tmp_path / "b").exists()
 
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,6 +161,16 @@ def test_weights_are_saved_in_the_type_of_the_base(adapter, run_file, tmp_path):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_an_adapter_trains_whole_is_saved_in_the_type_of_the_base_too(dtype, run_file, tmp_path):
+    adapter = {**LORA, "modules_to_save": ["lm_head", "norm"]}
+    base = write_base(tmp_path / "base", dtype=torch.bfloat16)
+    model = trained(run_file, base, adapter=adapter, model__dtype="bfloat16", model__save_dtype=dtype)
+    assert json.loads((model / "config.json").read_text())["dtype"] == dtype
+    found = load_file(model / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {getattr(torch, dtype)} and "lm_head.weight" in found
+
+
 def test_a_key_says_in_which_type_weights_are_saved(run_file, tmp_path):
     model = trained(run_file, write_base(tmp_path / "base", dtype=torch.bfloat16), model__save_dtype="float32")
     assert json.loads((model / "config.json").read_text())["dtype"] == "float32"
@@ -234,7 +246,7 @@ def test_an_adapter_with_new_tokens_loads_with_its_tokenizer(kind, run_file, tmp
         )
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # untied and tied
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi"])  # untied, tied, and a head with a bias
 @pytest.mark.parametrize(
     ("case", "special", "template", "rows"),
     [
@@ -270,6 +282,23 @@ def test_an_adapter_loads_by_its_own_instructions(kind, case, special, template,
     again = load_model(folder, "float32", "cpu")
     torch.testing.assert_close(logits(again, ids), merged[..., : again.config.vocab_size], rtol=1e-4, atol=1e-5)
     assert again.generation_config.eos_token_id == adapted.generation_config.eos_token_id
+
+
+def test_a_base_that_was_named_by_a_relative_path_is_found_from_everywhere(run_file, tmp_path, monkeypatch, preceptor):
+    write_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = trained(run_file, Path("base"), adapter=LORA, out="run").absolute()
+    monkeypatch.chdir(tmp_path.parent)
+    assert (
+        json.loads((model / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == f"{tmp_path}/base"
+    )
+    assert f'from_pretrained("{tmp_path}/base")' in (model / "adapter/README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(model)
+    torch.testing.assert_close(logits(load_model(model / "adapter", "float32", "cpu")), logits(merged))
+    assert json.loads((model.parent / "environment.json").read_text())["model"]["folder"] == f"{tmp_path}/base"
+    code, _, error = preceptor("export", model.parent, "--to", "hf")
+    assert code == 0, error
+    assert "base_model:" not in (tmp_path / "run-hf/README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def card(source: ExportSource, proof: Sequence[str], name: str, licence: str | N
     """The card as Markdown. name: of the exported model, as its users load it. use: how, where it is no whole model."""
     run = source.run
     base = source.base or (None if run is None else str(run.config["model"]["path"]))
-    is_local = base is not None and Path(base).exists()  # a path of this machine says nothing elsewhere
+    started = "" if run is None else run.environment.get("directory") or ""  # where its relative paths were read
+    is_local = base is not None and Path(started, base).exists()  # a path of this machine says nothing elsewhere
     about: dict[str, Any] = {
         "base_model": None if is_local else base,
         "library_name": "transformers" if use is None else "peft",

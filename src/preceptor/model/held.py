@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from tokenizers import AddedToken
 from torch import nn
 from transformers import PreTrainedModel
@@ -112,6 +113,9 @@ class HeldModel:
             if isinstance(model, PeftModel):
                 if self.has_steps:
                     return
+                for module in model.modules():  # of which peft would leave the copy
+                    if isinstance(module, ModulesToSaveWrapper):
+                        module.modules_to_save["default"] = module.original_module
                 self.model, self.built, self.base = model.unload(), None, None
         if self.trainable is not None:
             _require_gradients(self.model, self.trainable)
@@ -130,6 +134,9 @@ def _require_gradients(model: nn.Module, names: Set[str]) -> None:
 def leave_plain(model: Any) -> None:
     """A trained model as plain transformers or peft runs it, in evaluation mode."""
     model.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        if parameter.grad_dtype != parameter.dtype:  # of bfloat16 weights float32 in training
+            parameter.grad_dtype = parameter.dtype
     remove(model)
     model.eval()
 

@@ -188,7 +188,7 @@ def save_model(
 
     With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself with
     the tokenizer in its subfolder `adapter`; or one of the two alone, by `adapter`. `unusable_settings` are left out.
-    dtype: the type in which weights are written; None: that in which they are held. All or nothing: the files are
+    dtype: the type in which weights are written; None: that of the model. All or nothing: the files are
     written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists or cannot be
     written.
     """
@@ -246,7 +246,7 @@ def _write(
     if isinstance(model, PeftModel) and adapter == "adapter":
         return
     by_first(write_beside_weights)
-    if not write_weights(model, full, folder, None if dtype == held else dtype):
+    if not write_weights(model, full, folder, dtype):
         dtype = held  # an infinite weight would ruin the model: float16 ends at 65,504
         write_weights(model, full, folder, None)
     if dtype != held:

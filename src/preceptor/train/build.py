@@ -3,11 +3,13 @@
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from preceptor import config
+from preceptor.chat.format import load_tokenizer
 from preceptor.config.held import LiveModel
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ConfigError, DataError, ModelError
@@ -226,37 +228,55 @@ def build(
         precision = resolve_precision(run.train.precision, device)
         quantize_base(model, kind, bool(run.model.double_quantization), prepared.loader(), precision, device, say)
     if run.adapter is not None:
-        model = _adapted(
-            model, run, sorted({*chat.added.values(), *untrained.values()}), has_values and first_values, say
-        )
+        new_token_ids = {*chat.added.values(), *untrained.values()}
+        model = _adapted(model, run, new_token_ids, chat.tokenizer, has_values and first_values, say)
     if held is not None:
         held.keep(model, sorted(untrained.values()))
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
 
 
-def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values: bool, say: Say) -> Any:
-    from preceptor.model.adapters.lora import add_adapter, load_adapter
+def _adapted(model: Any, run: config.Run, new_token_ids: set[int], tokenizer: Any, first_values: bool, say: Say) -> Any:
+    from preceptor.model.adapters.lora import add_adapter, load_adapter, token_rows_of
 
     assert run.adapter is not None and run.adapter.alpha is not None, "a resolved run has an alpha"
     options = LoraOptions.of(run.adapter)
     live_revision = getattr(model.config, "_commit_hash", None)  # of one that was loaded from the Hub
-    start = adapter_to_continue(run) if first_values else None
+    start = adapter_to_continue(run)
+    if start is not None:
+        _require_same_ids(start, tokenizer, run.model.trust_remote_code)
+        new_token_ids = new_token_ids | token_rows_of(start)
     model = add_adapter(
         model,
         rank=run.adapter.rank,
         alpha=run.adapter.alpha,
         dropout=run.adapter.dropout,
         target_modules=run.adapter.target_modules,
-        new_token_ids=new_token_ids,
+        new_token_ids=sorted(new_token_ids),
         seed=run.train.seed,
         options=options,
         first_values=first_values and start is None,
         revision=live_revision if isinstance(run.model, LiveModel) else run.model.revision,
     )
-    if start is not None:
+    if start is not None and first_values:
         load_adapter(model, start, options)
         say(f"trains on the adapter of {run.model.from_run}")
     return model
+
+
+def _require_same_ids(adapter: Path, tokenizer: Any, trust_remote_code: bool) -> None:
+    """Raises ModelError where special tokens of a saved adapter are none here, or have other ids."""
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(adapter, trust_remote_code).get_added_vocab()
+    other = [
+        f"{token} is {id_} there, {ours.get(token, 'absent')} here"
+        for token, id_ in theirs.items()
+        if ours.get(token) != id_
+    ]
+    if other:
+        raise ModelError(
+            f"{adapter}: this adapter has rows for other tokens than the run's, so it cannot be trained on: "
+            f"{'; '.join(other[:_NAMED_TOKENS])}. Set data.chat_template as in the run that saved it, or leave out the "
+            "section `adapter` to train its merged model"
+        )
 
 
 def _loaded(prepared: Prepared, device: torch.device, say: Say, placement: Placement | None, world: World) -> Any:

@@ -34,9 +34,14 @@ def open_model(
         model, prepared = restored(checkpoint, place, trust_remote_code)
         saved = saved_dtype(prepared.run.model)
     if hasattr(model, "peft_config"):
-        model = model.merge_and_unload()
+        from preceptor.model.adapters.lora import merge
+
+        model = merge(model)
     dtype = default_dtype(saved, place) if dtype == "auto" else dtype
-    model = model.to(saved or model.dtype).to(getattr(torch, dtype)).eval()
+    saved = saved or model.dtype
+    for parameter in model.parameters():  # not what is no weight, such as rotary frequencies
+        parameter.data = parameter.data.to(saved).to(getattr(torch, dtype))
+    model.eval()
     stops = model.generation_config.eos_token_id
     own = stops if isinstance(stops, list) else [stops] if stops is not None else []
     chat = trained_format(path, prepared.chat.tokenizer, own, template)

@@ -112,7 +112,9 @@ def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
         assert model.held.record is not None, "recorded when it was taken"
         return {"path": model.path, "folder": None, "revision": None, **model.held.record}
     place, files = resolve_model_path(model.path), _model_files(model)
-    found: dict[str, Any] = {"path": model.path, "folder": place if Path(place).is_dir() else None}
+    found: dict[str, Any] = {"path": model.path, "folder": None}
+    if Path(place).is_dir():
+        found["folder"] = str(Path(place).absolute())
     found["revision"] = model.revision
     if files:
         known = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.errors import ModelError, first_line
+from preceptor.model.adapters.lora import name_of
 from preceptor.model.adapters.pissa import lora_layers
 from preceptor.model.sharding import own_part
 
@@ -142,8 +143,6 @@ model.generation_config = GenerationConfig.from_pretrained(adapter)
 
 `model.merge_and_unload()` gives a model of the base's kind that needs no peft.
 """
-_TABLES = {"embed_tokens", "embed_in", "wte", "word_embeddings", "lm_head", "embed_out", "output"}
-"""What modules with a row for each token are called."""
 _RESIZE = "model.resize_token_embeddings({rows}, mean_resizing=False)  # rows for the new tokens\n"
 
 
@@ -157,7 +156,7 @@ def write_beside_adapter(
     base = str(settings.base_model_name_or_path)
     kinds = (type(model.config), type(model.get_base_model()))
     own_code = any(kind.__module__.startswith("transformers_modules.") for kind in kinds)  # that the run trusts
-    readme = _readme(num_rows(folder, settings), base, settings.revision, own_code)
+    readme = _readme(num_rows(folder, settings, model.get_base_model()), base, settings.revision, own_code)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -184,17 +183,28 @@ def _base_rows(base: str, revision: str | None, own_code: bool) -> int | None:
         return None
 
 
-def num_rows(folder: Path, settings: PeftConfig) -> int:
-    """How many rows of the embedding the adapter in a folder needs for the rows that it holds itself; 0 if none."""
+def num_rows(folder: Path, settings: PeftConfig, model: Any) -> int:
+    """How many rows of the embedding the adapter in a folder needs for the rows that it holds itself; 0 if none.
+
+    model: its base, which says what the tables with a row for each token are called.
+    """
     indices = getattr(settings, "trainable_token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     of_tokens = max((max(ids) + 1 for ids in lists if ids), default=0)
-    whole = {name.rpartition(".")[2] for name in settings.modules_to_save or ()} & _TABLES
-    if not whole:
+    if not settings.modules_to_save:  # type: ignore[attr-defined]
         return of_tokens
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    whole = {f"base_model.model.{name_of(model, table)}.weight" for table in tables}
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        names = [name for name in file.keys() if name.split(".")[-2] in whole]  # noqa: SIM118 (no mapping)
+        names = whole.intersection(file.keys())
         return max([of_tokens, *(file.get_slice(name).get_shape()[0] for name in names)])
+
+
+def _require_all(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raises ModelError for weights that an adapter's folder lacks, or that fit nothing in the model."""
+    for names, what in ((missing, "weights are missing in it"), (unexpected, "of its weights fit no layer")):
+        if names:
+            raise ModelError(f"{len(names)} {what}: {', '.join(sorted(names)[:_NAMED])}")
 
 
 def merge_folder(
@@ -206,7 +216,7 @@ def merge_folder(
     adapter beside it, not merged yet. Raises ModelError for an adapter that is not one of this model.
     """
     try:
-        rows = num_rows(folder, PeftConfig.from_pretrained(str(folder)))
+        rows = num_rows(folder, PeftConfig.from_pretrained(str(folder)), model)
         if rows > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
         if model.device.type == "meta":
@@ -215,7 +225,11 @@ def merge_folder(
             warnings.filterwarnings(
                 "ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning
             )
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            mapping = getattr(model, "_checkpoint_conversion_mapping", {})
             adapted = PeftModel.from_pretrained(model, str(folder))
+            found = adapted.load_adapter(str(folder), "default", key_mapping=mapping)  # says what peft has passed over
+        _require_all(found.missing_keys, found.unexpected_keys)
         if before is not None:
             before(adapted.eval())
         merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]

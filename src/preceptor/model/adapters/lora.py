@@ -20,7 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import ModelError
@@ -30,6 +30,7 @@ from preceptor.model.parts import decoder_of, matches, require_matches
 
 ALL_LINEAR = "all-linear"
 _NAMED = 5  # of what does not fit
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def add_adapter(
@@ -47,15 +48,14 @@ def add_adapter(
     """Freeze the model and put LoRA beside its linear layers; the update is alpha / rank * B A, zero at first.
 
     target_modules: names of linear layers as in `q_proj`; None for all of the decoder's that an adapter has an effect
-    on (see `_out_of_reach`), and experts. new_token_ids: rows of the embedding (and of an untied head) that are trained
-    as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
-    gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. first_values
-    False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved with the adapter.
-    Raises ModelError for a target or a pattern that the model has not, or that peft rejects.
+    on (see `_out_of_reach`), and experts. new_token_ids: tokens that the base never saw; their rows of the embedding
+    and of an untied head alone are trained, as they are. What is trained is float32. The first values of A follow from
+    `seed`; first_values False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved.
+    Raises ModelError for a target or pattern that the model has not, for what peft rejects, and as `_modules_to_save`.
     """
     layers = linear_layers(model)
     _require_targets(model, layers, target_modules)
-    whole = _modules_to_save(model, options.modules_to_save)
+    whole = _modules_to_save(model, options.modules_to_save, new_token_ids)
     experts = [] if target_modules or options.dora or dropout else _expert_parameters(model)
     excluded = _out_of_reach(model, layers, target_modules is not None, whole)
     chosen = {name for name in layers if not target_modules or name.rpartition(".")[2] in target_modules}
@@ -91,7 +91,7 @@ def add_adapter(
                 start_at_singular_values(adapted, fast=options.init == "pissa_fast")
             keep_first_values(adapted)
     _train_in_float32(adapted)
-    _sort_names(adapted)
+    _settle(adapted.peft_config["default"])
     return adapted
 
 
@@ -115,13 +115,16 @@ def _reason(error: ValueError) -> str:
     )
 
 
-def _sort_names(adapted: PeftModel) -> None:
-    """peft keeps names as sets, whose order is another one in each process."""
-    for settings in adapted.peft_config.values():
-        for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
-            found = getattr(settings, key, None)
-            if isinstance(found, set):
-                setattr(settings, key, sorted(found))
+def _settle(config: Any) -> None:
+    """Settings that mean the same in every process and folder: peft keeps names as sets, whose order is another one in
+    each process, and the base as it was named, which may be a relative path."""
+    for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        found = getattr(config, key, None)
+        if isinstance(found, set):
+            setattr(config, key, sorted(found))
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir():
+        config.base_model_name_or_path = str(Path(base).absolute())
 
 
 def _patterns(rank: int, alpha: float, options: LoraOptions, names: Sequence[str]) -> dict[str, Any]:
@@ -154,8 +157,11 @@ def _fits(pattern: str, name: str) -> bool:
     return matches(pattern, name) or matches(f"*.{pattern}", name)
 
 
-def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
-    """Names of the modules that are trained whole. Raises ModelError for what is none, or is one table with another."""
+def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str], new_token_ids: Sequence[int]) -> list[str]:
+    """Names of the modules that are trained whole. Raises ModelError for what is none, or is one table with another.
+
+    Where tokens are new, tables that are more than rows are trained whole too (`_is_more_than_rows`).
+    """
     names = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
     for pattern in patterns:
@@ -176,8 +182,25 @@ def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str]) -> list[st
             f"adapter.modules_to_save: embedding and head of {type(model).__name__} are one table, which peft cannot "
             "train whole beside an adapter. Rows of new tokens are trained in any case; else train without an adapter"
         )
+    for table in (embedding, head) if new_token_ids else ():
+        if _is_more_than_rows(table):
+            if head.weight is embedding.weight:
+                raise ModelError(
+                    f"adapter: this data has tokens that are new to the model. {name_of(model, table)} of "
+                    f"{type(model).__name__} has more than a row for each token (a bias, a norm), which peft leaves "
+                    "out where it trains rows; and embedding and head are one table, which peft cannot train whole. "
+                    "Train without an adapter, or set a data.chat_template whose special tokens the model knows"
+                )
+            found.append(name_of(model, table))
     inner = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
     return sorted({*found} - {*inner})
+
+
+def _is_more_than_rows(table: nn.Module) -> bool:
+    """Whether an embedding or head computes more than a lookup or x W^T. Where peft trains some of its rows, it leaves
+    that out: the bias of a head (Phi, GPT-J), the norm of an embedding (Inkling); but not an embedding's scale."""
+    plain = type(table).forward in (nn.Embedding.forward, nn.Linear.forward) or hasattr(table, "embed_scale")
+    return not plain or getattr(table, "bias", None) is not None
 
 
 def _require_trainable(name: str, module: nn.Module) -> None:
@@ -213,32 +236,46 @@ def _train_in_float32(adapted: PeftModel) -> None:
             if dtype not in (torch.bfloat16, torch.float16):
                 continue
             copy.float()
-            copy.register_forward_pre_hook(_to_float32, with_kwargs=True)
-            copy.register_forward_hook(partial(_to_dtype, dtype))
+            before = copy.register_forward_pre_hook(_to_own_dtype, with_kwargs=True)
+            copy.casts = [before, copy.register_forward_hook(partial(_to_dtype, dtype))]
 
 
-def _to_float32(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return tuple(map(_wide, given)), {name: _wide(value) for name, value in named.items()}
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """The base with the adapter merged into it, without casts; what was trained whole is float32 still."""
+    for module in adapted.modules():
+        for cast in vars(module).get("casts", ()):
+            cast.remove()
+    merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+    return merged
+
+
+def _to_own_dtype(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """float32, unless the program has changed it since."""
+    cast = partial(_cast, next(module.parameters()).dtype)
+    return tuple(map(cast, given)), {name: cast(value) for name, value in named.items()}
 
 
 def _to_dtype(dtype: torch.dtype, _: nn.Module, given: Any, output: Any) -> Any:
-    return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+    return _cast(dtype, output)
 
 
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _cast(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -> None:
-    """Give the adapter of `model` the weights of one that was saved. Raises ModelError where they do not fit."""
+    """Give the adapter of `model` the weights of one that was saved. Raises ModelError where they do not fit.
+
+    Rows of tokens go by their ids; those that the saved one does not hold stay as they are.
+    """
     saved, ours = LoraConfig.from_pretrained(str(folder)), model.peft_config["default"]
     assert isinstance(saved, LoraConfig) and isinstance(ours, LoraConfig)
-    weights = load_peft_weights(str(folder), device="cpu")
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = _with_rows(load_peft_weights(str(folder), device="cpu"), wanted, saved, ours)
     there, here = _settings(saved, options), _settings(ours, options)
     wrong = [f"adapter.{key}: {value} there, {here[key]} here" for key, value in there.items() if value != here[key]]
     if not wrong:
-        keys = "(adapter.target_modules, new tokens)"
+        keys = "(adapter.target_modules, adapter.modules_to_save)"
         wrong += [f"{name}: not adapted here {keys}" for name in sorted({*weights} - {*wanted})]
         wrong += [f"{name}: not adapted there {keys}" for name in sorted({*wanted} - {*weights})]
         shapes = {name: (weights[name].shape, wanted[name].shape) for name in sorted({*weights} & {*wanted})}
@@ -255,6 +292,31 @@ def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -
             + more
         )
     set_peft_model_state_dict(model, weights)
+
+
+def token_rows_of(folder: Path) -> set[int]:
+    """Ids of the tokens of which a saved adapter holds rows."""
+    saved = LoraConfig.from_pretrained(str(folder))
+    return {id_ for ids in _rows_by_module(saved).values() for id_ in ids}
+
+
+def _rows_by_module(config: Any) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = config.trainable_token_indices or {}
+    return found
+
+
+def _with_rows(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], saved: Any, ours: Any) -> dict[str, Tensor]:
+    """The weights of a saved adapter, with a row for each token of which the model's adapter trains one."""
+    found = dict(weights)
+    for name, rows_RD in wanted.items():
+        if name.endswith(_ROWS):
+            module = name.removesuffix(_ROWS).rpartition(".")[2]
+            here, there = (_rows_by_module(config).get(module, []) for config in (ours, saved))
+            assert {*there} <= {*here}, "build_model trains the rows of both"
+            found[name] = rows_RD.detach().cpu().clone()
+            if there:
+                found[name][[here.index(id_) for id_ in there]] = weights[name].to(rows_RD.dtype)
+    return found
 
 
 def _settings(config: LoraConfig, options: LoraOptions) -> dict[str, str]:
