@@ -5,9 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from preceptor.chat.origins import MessageList
-from preceptor.data.examples import Rejected
+from preceptor.data.examples import REASONING_FIELDS, Rejected
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 TAGS = {
     "<think>": "</think>",
     "[THINK]": "[/THINK]",

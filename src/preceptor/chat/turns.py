@@ -19,7 +19,7 @@ from typing import Any
 from preceptor.chat import reasoning
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.origins import Leaf, MessageList, Rendered, Tools, json_body, shared_length
-from preceptor.data.examples import Rejected
+from preceptor.data.examples import REASONING_FIELDS, Rejected
 from preceptor.errors import short
 
 _KINDS = {
@@ -253,7 +253,7 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
         code: str | None = None
         if leaf.path[0] == "content":
             code = _content_problem(leaf.text, spelled, turn.tags)
-        elif leaf.path[0] in reasoning.REASONING_FIELDS:
+        elif leaf.path[0] in REASONING_FIELDS:
             code = None if _spells(spelled, leaf.text) else "reasoning_dropped"
         elif leaf.path[0] == "tool_calls":
             code = None if _in_id(turn, leaf, target) else _call_problem(leaf, spelled)

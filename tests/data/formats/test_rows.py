@@ -67,6 +67,14 @@ def test_a_conversation_in_every_format(row, expected, name):
     assert name in (None, format_of(row))
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_in_parts_is_one_text(field):
+    parts = [{"type": "text", "text": "Recall "}, {"text": "it."}]
+    asked, answer = to_example({"messages": [USER, {**ANSWER, field: parts}]}, "x:1").messages
+    assert answer.given == {**ANSWER, field: "Recall it."} and answer.reasoning_content == "Recall it."
+    assert asked.reasoning_content == "" and not messages({"messages": [USER, {**ANSWER, field: []}]})[1][field]
+
+
 def test_what_is_no_conversation():
     assert to_example({"prompt": "a", "completion": "b", "text": "ab"}, "x:1") == Completion("x:1", "a", "b")
     assert to_example({"text": "a", "messages": None}, "x:1") == Document("x:1", "a")
@@ -183,6 +191,11 @@ def test_nulls_that_a_json_file_holds_are_meant():
             "JSON with name and arguments",
         ),
         ({"conversations": [{"from": "function_call", "value": '{"name": "f"}'}]}, "bad_tool_call", "conversations[0]"),
+        *(
+            ({"messages": [USER, {**ANSWER, field: value}]}, "bad_message", f"messages[1].{field} must be a string")
+            for field in ("reasoning_content", "thinking", "reasoning")
+            for value in (True, {"text": "so"})
+        ),
         ({"messages": [USER, {**ANSWER, "content": "a\ud83d"}]}, "broken_character", "messages[1].content"),
         ({"conversation": [USER, ANSWER]}, "unknown_format", "set `columns: {messages: conversation}`"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
