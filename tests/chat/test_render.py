@@ -192,6 +192,51 @@ def test_a_special_token_in_an_answer_is_read_as_text_and_does_not_end_it():
     assert code(make(special_tokens_in_text="allow"), rows) == "stop_inside_turn"
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n@<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+OPENED = "<|im_start|>assistant\n<think>\n{% endif %}"
+WRITTEN = {
+    "behind the template's own token": TURNS.replace("\n@", "<|im_sep|>\n{{ m.content }}")
+    + "<|im_start|>assistant{% endif %}",
+    "without the tag that the prompt opens": TURNS.replace("@", "{{ m.content }}") + OPENED,
+    "as given": TURNS.replace("@", "{{ m.content.split('</think>')[-1] }}") + OPENED,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("said", ["<|im_sep|>", "a <|im_sep|> b", "<|im_sep|>\n<|im_sep|>"])
+def test_special_tokens_in_an_answer_are_text_wherever_the_template_writes_it(name, said):
+    tokens = (*CHATML, "<|im_sep|>")
+    renderer = make(text=WRITTEN[name], tokens=tokens, special_tokens_in_text="plain")
+
+    def targets(text):
+        content = text if name.startswith("behind") else f"<think>\n{text}\n</think>\n\n{text}"
+        tree = renderer.render(conversation([CHAT[0], {"role": "assistant", "content": content}]))
+        assert isinstance(tree, Tree), tree
+        (target,) = (segment.ids for segment in tree.segments if segment.kind == "target")
+        pieces = renderer.tokenizer.convert_ids_to_tokens(target)
+        return [(renderer.tokenizer.decode(target[:at]), piece) for at, piece in enumerate(pieces) if piece in tokens]
+
+    acting = targets(said)
+    expected = targets(said.replace("<|im_sep|>", "zebra"))
+    assert acting == [(before.replace("zebra", "<|im_sep|>"), token) for before, token in expected]
+    assert acting[-1][1] == "<|im_end|>"
+
+
+def test_reasoning_tags_of_an_answer_act_whatever_another_message_spells():
+    text = "{% if '[THINK]' in '' %}[/THINK]{% endif %}" + TURNS.replace("@", "{{ m.content }}")
+    renderer = make(
+        text=text + "<|im_start|>assistant\n{% endif %}",
+        tokens=(*CHATML, "[THINK]", "[/THINK]"),
+        special_tokens_in_text="plain",
+    )
+    asked, answer = "what is <|im_end|>?", "[THINK]\nso\n[/THINK]\nthe [/THINK] end"
+    rows = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    tags = renderer.tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+    for weight, place in ((1, 1), (0, 0)):  # as a target, and in a context
+        tree = renderer.render(conversation([rows[0], {**rows[1], "weight": weight}, CHAT[2], CHAT[3]]))
+        assert [token for token in tree.segments[place].ids if token in tags] == tags
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -71,6 +71,18 @@ def block_of(content: str, tags: Mapping[str, str] = TAGS, rendered: bool = Fals
     return None
 
 
+def runs_of_answer(text: str, tags: Mapping[str, str]) -> list[tuple[str, bool]]:
+    """An assistant's text in runs, each with whether it is only text: tags of a block at its start are more."""
+    runs: list[tuple[str, bool]] = []
+    block, at = block_of(text, tags), 0
+    if block is not None:
+        for tag in (block.tag,) * block.opened + (tags[block.tag],) * block.closed:
+            place = text.index(tag, at)
+            runs += [(text[at:place], True), (tag, False)]
+            at = place + len(tag)
+    return [*runs, (text[at:], True)]
+
+
 def has_reasoning(given: Mapping[str, Any], tags: Mapping[str, str] = TAGS) -> bool:
     """Whether a message holds reasoning, in a field of its own or at the start of its content."""
     if reasoning_text(given):

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
-from preceptor.chat.reasoning import has_reasoning, opened_by, readings
+from preceptor.chat.reasoning import has_reasoning, opened_by, readings, runs_of_answer
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, TrainedCounts, find_switch
 from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of, as_json, bos_ids, decode
-from preceptor.chat.turns import Stops, Turn, left_out, target_of
+from preceptor.chat.turns import Stops, Turn, left_out, target_of, target_runs
 from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import (
     REASONING_FIELDS,
@@ -223,11 +223,12 @@ class Renderer:
 
     def _conversation(self, record: Conversation) -> tuple[Tree, Sequence[Proved]]:
         turns, spelled_out, missing = self._proof(record)
+        answers = [k for k, m in enumerate(record.messages) if m.role == "assistant"] if spelled_out else None
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), Path(tokeniser)
             for turn, text, _ in turns:
-                context, target, num_shared = self._tokenised(turn, text, path, spelled_out)
+                context, target, num_shared = self._tokenised(turn, text, path, answers)
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
@@ -319,16 +320,24 @@ class Renderer:
                 break
         raise rejected
 
-    def _tokenised(self, turn: Turn, text: str, path: Path, spelled_out: bool) -> tuple[Sequence[int], Ids, int]:
+    def _tokenised(
+        self, turn: Turn, text: str, path: Path, answers: Collection[int] | None
+    ) -> tuple[Sequence[int], Ids, int]:
         """The ids of a turn's context and target, and how many of the context's stand in the tree already.
 
-        spelled_out: messages spell out special tokens, which are to be read as plain text. Raises Rejected.
+        answers: where messages spell out special tokens, which are to be read as plain text, the assistant's messages,
+        whose reasoning tags act; else None. Raises Rejected.
         """
         tokeniser, num_shared = path.tokeniser, 0
-        if spelled_out:
-            prompt = [(piece, origin is not None) for piece, origin in turn.prompt_marked().parts()]
-            context: Sequence[int] = tokeniser.plain(prompt, self._special.pattern)
-            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special.pattern, before=prompt)
+        if answers is not None:
+            special, prompt, said = self._special.pattern, list[tuple[str, bool]](), list[tuple[str, bool]]()
+            for piece, origin in turn.prompt_marked().parts():
+                of_answer = origin is not None and turn.leaves[origin].message in answers
+                prompt += runs_of_answer(piece, turn.tags) if of_answer else [(piece, origin is not None)]
+            for piece, own in target_runs(turn, text, self._stops):
+                said += runs_of_answer(piece, turn.tags) if own else [(piece, False)]
+            context: Sequence[int] = tokeniser.plain(prompt, special)
+            target = tokeniser.plain(said, special, before=prompt)
         else:
             num_shared = path.read(turn.prompt)
             context, target = path.ids, path.continuation(text)

@@ -103,6 +103,7 @@ class Tokeniser:
     def _asked(self, text: str) -> Ids:
         assert self._backend is not None
         _require_size(text)
+        self._backend.encode_special_tokens = False  # as it is not once `_as_text` was asked
         self._backend.no_truncation()
         self._backend.no_padding()
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)

@@ -101,6 +101,21 @@ def target_of(turn: Turn, stops: Stops) -> str:
     return target
 
 
+def target_runs(turn: Turn, target: str, stops: Stops) -> list[tuple[str, bool]]:
+    """The target in runs, each with whether it came from the message.
+
+    It ends as F does up to the turn's last character, and in what closes the turn. What F lacks before that is of the
+    message: a reasoning block as the content spells it.
+    """
+    text, span = turn.full.text, turn.full.span(turn.own)
+    assert span is not None
+    closing = _closing(turn, text, span[1], stops)
+    said = target[: len(target) - len(closing)]
+    num_shared = shared_length(said[::-1], text[: span[1]][::-1])
+    shared = turn.full.runs(span[1] - num_shared, span[1], turn.own)
+    return [(said[: len(said) - num_shared], True), *shared, (closing, False)]
+
+
 # Where it starts -----------------------------------------------------------------------------------------------------
 
 
