@@ -87,9 +87,6 @@ QWEN_TOWER: dict[str, Any] = {
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 _PARTICULAR: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"), _MIXED),
-    "biogpt": {"attention_probs_dropout_prob": 0.0},  # a run asks for that
-    "gpt_bigcode": {"attn_pdrop": 0.0},
-    "seed_oss": {"attention_dropout": 0.0},
     "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 8},
     "falcon_h1": {"mamba_chunk_size": 8},
     "nemotron_h": {"chunk_size": 8},

@@ -223,6 +223,12 @@ def test_few_steps_are_said_before_and_in_training(preceptor, run_file):
     assert "too few to learn" not in out
 
 
+@pytest.mark.parametrize(("warmup", "is_said"), [("4 steps", False), ("5 steps", True)])
+def test_a_warmup_that_is_longer_than_the_run_is_said(preceptor, run_file, warmup, is_said):
+    code, out, _ = preceptor("train", run_file(optimizer__warmup=warmup), "--dry-run")
+    assert code == 0 and ("optimizer.warmup: 5 steps, more than the run has: its learning rate" in out) == is_said
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,6 +188,20 @@ def fetch_folder(path: str | Path, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(place, allow_patterns=list(patterns)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise cannot_load(place, "model", error) from error
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model's folder, by their path within it: its own, and the named chat templates below it."""
+    from transformers.utils import CHAT_TEMPLATE_DIR
+
+    found = (*folder.iterdir(), *(folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))
+    return sorted(file.relative_to(folder) for file in found if file.is_file())
+
+
+def copy_file(file: Path, copy: Path) -> None:
+    """Into a folder that is made where it is missing."""
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, copy)
 
 
 def cannot_load(place: str, what: str, error: Exception) -> ModelError:

@@ -1,9 +1,12 @@
 """Loss, metric and reader of the user's own: by `FILE.py:FUNCTION`, or a function of the program; exact and refused."""
 
 import copy
+import hashlib
 import json
 import math
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -380,6 +383,77 @@ def test_a_hash_is_of_the_values_that_a_function_uses(monkeypatch):
     before = hash_of(limited)
     monkeypatch.setitem(globals(), "LIMIT", 4)
     assert hash_of(limited) != before
+
+
+IMPORTS = {
+    "import": ("import helper", "helper.py"),
+    "from": ("from helper import f", "helper.py"),
+    "of a package": ("import package.inner.deep", "package/inner/deep.py"),
+    "its package": ("from package.inner import deep", "package/__init__.py"),
+    "without __init__": ("from bare import deep", "bare/deep.py"),
+    "imported by a module": ("import package.inner.deep", "other.py"),
+    "relative": ("from package import inner", "package/sibling.py"),
+}
+PRINT_HASHES = """
+import sys, helper
+from preceptor.config.code import HeldCode, load_code
+def used(record): return helper.f(record)
+from helper import f
+def taken(record): return f(record)
+def within(record):
+    import helper as lazily
+    return lazily.f(record)
+file = load_code("my.py:read", "code").sha256
+print(file, *(load_code(HeldCode.of(each), "code").sha256 for each in (used, taken, within)))
+"""
+
+
+@pytest.fixture
+def modules(tmp_path):
+    files = {"package/inner/deep.py": "import other", "package/inner/__init__.py": "from .. import sibling"}
+    files |= dict.fromkeys(("helper.py", "package/__init__.py", "package/sibling.py", "bare/deep.py", "other.py"), "")
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\ndef f(record): return record\n")
+    return tmp_path
+
+
+def hashes_in_a_new_process(folder):
+    (folder / "program.py").write_text(PRINT_HASHES)
+    command = [sys.executable, "program.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("how", IMPORTS)
+def test_a_hash_is_of_the_modules_that_are_imported(modules, how):
+    """Else what an earlier version of such a module has made of the data is found in the cache, and trained."""
+    line, name = IMPORTS[how]
+    (modules / "my.py").write_text(f"def read(record):\n    {line}\n    return record\n")
+    before = hashes_in_a_new_process(modules)
+    assert before == hashes_in_a_new_process(modules) and "None" not in before
+    (modules / name).write_text((modules / name).read_text() + "X = 1\n")
+    after = hashes_in_a_new_process(modules)
+    assert before[0] != after[0]
+    changed = [old != new for old, new in zip(before, after, strict=True)]
+    assert changed == [True] + [name == "helper.py"] * 3
+
+
+def test_installed_modules_are_not_part_of_a_hash(tmp_path):
+    content = b"import torch, json, preceptor.config\ndef read(record):\n    import absent\n"
+    (tmp_path / "my.py").write_bytes(content)
+    own = load_code(f"{tmp_path}/my.py:read", "code").sha256
+    assert own == hashlib.sha256(content + b"\0read").hexdigest()
+
+
+def test_a_module_that_changes_after_it_was_loaded_leaves_no_hash(tmp_path, monkeypatch):
+    """This process goes on with what it has loaded."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "changing_helper.py").write_text("X = 1\n")
+    (tmp_path / "my.py").write_text("import changing_helper\ndef read(record): return record\n")
+    assert load_code(f"{tmp_path}/my.py:read", "code").sha256 is not None
+    (tmp_path / "changing_helper.py").write_text("X = 2\n")
+    assert load_code(f"{tmp_path}/my.py:read", "code").sha256 is None
+    monkeypatch.delitem(sys.modules, "changing_helper")
 
 
 # Metric --------------------------------------------------------------------------------------------------------------

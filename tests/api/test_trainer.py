@@ -127,6 +127,8 @@ def test_the_arguments_of_a_config_are_those_that_convert_carries_over(base_fold
         (trl.SFTConfig, {"learning_rate": 5e-5, "activation_checkpointing": False}, 5e-5, None),
         (SFTConfig, {}, 2e-5, "all"),
         (SFTConfig, {"activation_checkpointing": False}, 2e-5, None),
+        (SFTConfig, {"optim": "adafactor", "learning_rate": 5e-5}, 1e-3, "all"),  # theirs is absolute
+        (TrainingArguments, {"optim": "adafactor"}, 1e-3, None),
     ],
 )
 def test_absent_arguments_have_the_values_of_their_class(base_folder, tmp_path, kind, given, rate, memory):

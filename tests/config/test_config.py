@@ -1,10 +1,14 @@
 """The run file: strict, typed, resolved, and the same again when its resolved copy is read."""
 
+from typing import get_args
+
 import pytest
 
 from preceptor import config
-from preceptor.config.durations import Duration
+from preceptor.config.durations import Duration, Unit
 from preceptor.errors import ConfigError
+from preceptor.train.loop import Clock
+from preceptor.train.optimizer import schedule
 
 SECTIONS = [
     value
@@ -183,6 +187,32 @@ def test_trained_weights_in_bfloat16_lose_no_update_unless_asked_to(tmp_path):
     assert load(tmp_path, text + "adapter: {rank: 4}\n").optimizer.rounding is None  # what it trains is float32
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("optimizer: {name: sgd, betas: [0.9, 0.999]}", "optimizer.betas: of adamw, adamw_8bit and muon; sgd has none"),
+        ("optimizer: {name: adafactor, betas: [0.9, 0.999]}", "optimizer.betas: of .*; adafactor has none"),
+        (
+            "optimizer: {lr_scheduler: constant, min_lr_ratio: 0}",
+            "optimizer.min_lr_ratio: with `lr_scheduler: constant",
+        ),
+        ("train: {neftune_alpha: 5}\ndata.share_prefixes", "data.share_prefixes: with train.neftune_alpha"),
+    ],
+)
+def test_keys_that_do_nothing_or_something_else_together_are_refused(tmp_path, section, message):
+    section, _, more = section.partition("\n")
+    override = [f"{more}=true"] if more else []
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, f"{MINIMAL}{section}\n", override)
+    assert load(tmp_path, f"{MINIMAL}{section}\n") if more else load(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize("optimizer", ["{name: sgd}", "{name: adafactor}", "{lr_scheduler: constant}"])
+def test_a_dumped_run_with_defaults_that_do_nothing_is_loaded_again(tmp_path, optimizer):
+    run = load(tmp_path, f"{MINIMAL}optimizer: {optimizer}\n")
+    assert load(tmp_path, config.dump(run)) == run
+
+
 @pytest.mark.parametrize("source", ["", ", weight: 0.5", ", count: 7, columns: {text: body}, split: train"])
 def test_the_resolved_copy_is_the_same_run(tmp_path, source):
     text = MINIMAL.replace("{path: train.jsonl}", f"{{path: a{source}}}")
@@ -214,9 +244,32 @@ def test_durations_in_time_say_how_often_and_not_how_long():
     tree = {"model": {"path": "m"}, "data": {"train": [{"path": "a"}]}, "out": "o"}
     run = config.build({**tree, "checkpoint": {"every": "2 hours"}, "eval": {"every": "30 seconds"}}, "test")
     assert run.checkpoint.every.seconds == 7200 and config.build(run.model_dump(mode="json"), "test") == run
-    for section, key in (("train", "duration"), ("optimizer", "warmup")):
+    for section, key in (("train", "duration"), ("optimizer", "warmup"), ("optimizer", "decay")):
         with pytest.raises(ConfigError, match=rf"{section}\.{key}: in epochs or steps, not in time"):
             config.build({**tree, section: {key: "10 minutes"}}, "test")
+
+
+DURATIONS = [
+    (section, key)
+    for section, field in config.Run.model_fields.items()
+    for key, own in getattr(field.annotation, "model_fields", {}).items()
+    if Duration in (own.annotation, *get_args(own.annotation))
+]
+
+
+@pytest.mark.parametrize(("section", "key"), DURATIONS)
+@pytest.mark.parametrize("unit", get_args(Unit))
+def test_every_duration_is_refused_at_load_or_can_be_counted(tmp_path, section, key, unit):
+    wsd = "optimizer.lr_scheduler=wsd"
+    try:
+        run = load(tmp_path, MINIMAL, [wsd, f"{section}.{key}=3 {unit.replace('percent', '%')}"])
+    except ConfigError as error:
+        assert str(error).startswith(f"{tmp_path / 'run.yaml'}: {section}.{key}: ")
+        return
+    total = run.train.duration.steps(10)
+    schedule(run.optimizer, 10, total)(0)
+    for every in (run.checkpoint.every, run.eval.every):
+        Clock(every, 10, total).due(1)
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from preceptor import config
 from preceptor.config.convert import convert, convert_file, settings_of
@@ -615,12 +616,40 @@ def test_optimizers_by_name(peer, key, value, name):
         assert found.tree["optimizer"]["momentum"] == 0.0, "theirs has none, ours 0.9 by default"
     if name in ("sgd", "adafactor"):
         assert "betas" not in found.tree["optimizer"]
+    is_absolute = name != "adafactor"  # transformers builds it with scale_parameter=False
+    assert ("learning_rate" in found.tree["optimizer"], "learning_rate" in notes_of(found)) == (
+        is_absolute,
+        not is_absolute,
+    )
     config.build({**found.tree, "data": {"train": [{"path": "a.jsonl"}]}, "out": "b"}, "converted")
 
 
 def test_torchtune_optimizers(tmp_path):
     text = TORCHTUNE.replace("torch.optim.AdamW, fused: True", "torchao.optim.AdamW8bit")
     assert converted(tmp_path, text).tree["optimizer"]["name"] == "adamw_8bit"
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "SGD", "Muon"])
+def test_torchtune_takes_torchs_own_defaults_of_an_optimizer(tmp_path, name):
+    whole = {
+        "fused: True, weight_decay: 0.1, lr: 3e-4, eps: 1e-6": "fused: False",
+        "torch.optim.AdamW": f"torch.optim.{name}",
+    }
+    text = TORCHTUNE
+    for old, new in whole.items():
+        text = text.replace(old, new)
+    defaults = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(2, 2))]).defaults
+    found = converted(tmp_path, text).tree["optimizer"]
+    assert (found["learning_rate"], found["weight_decay"]) == (defaults["lr"], defaults["weight_decay"])
+    given = converted(tmp_path, text.replace("fused: False", "weight_decay: 0.3, lr: 7e-4")).tree["optimizer"]
+    assert (given["learning_rate"], given["weight_decay"]) == (7e-4, 0.3), "torchtune's Adafactor is torch's, as here"
+
+
+def test_a_rate_that_is_constant_has_no_last_share(tmp_path):
+    settings = {"base_model": "m", "lr_scheduler": "constant", "cosine_min_lr_ratio": 0.3}
+    found = convert(PeerFile("Axolotl", settings), Path())
+    assert "min_lr_ratio" not in found.tree["optimizer"]
+    assert "nothing to set" in notes_of(found)["cosine_min_lr_ratio"]
 
 
 def test_noise_wsd_and_weights_of_bfloat16(tmp_path):

@@ -64,6 +64,32 @@ def test_what_fits_stays_as_it_is_and_what_does_not_is_rejected():
     assert str(shortened) == ""
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("overflow", ["truncate_context", "split"])
+@pytest.mark.parametrize("max_length", [70, 90, 150])
+def test_system_messages_before_a_turn_stay_wherever_they_stand(role, overflow, max_length):
+    """Also within the last exchange, between the steps of an answer."""
+    rows = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "answer 0"}]
+    rows += [{"role": role, "content": "rule 1"}]
+    for turn in range(1, 6):
+        rows += [
+            {"role": "user", "content": f"user {turn}: what is it?"},
+            {"role": "assistant", "content": f"a {turn}"},
+        ]
+    rows += [{"role": role, "content": "rule 2"}, {"role": "user", "content": "go on"}]
+    for step in range(4):
+        rows += [{"role": "assistant", "content": f"step {step}"}, {"role": "tool", "content": f"result {step} " * 5}]
+    rows += [{"role": role, "content": "rule 3"}, {"role": "assistant", "content": "the end"}]
+    whole = conversation(rows)
+    found, _, _ = fit(whole, max_length, overflow)
+    assert not isinstance(found, Rejection) and (overflow == "truncate_context") == (len(found) == 1)
+    contents = [row["content"] for row in rows]
+    for part, tree in found:
+        at = [contents.index(m.content) for m in part.messages if m.role != "user"]  # whose text may be cut
+        assert at == sorted(at) and tree.num_tokens <= max_length
+        assert {k for k in range(at[-1]) if rows[k]["role"] == role} <= set(at), "a system message was left out"
+
+
 @pytest.mark.parametrize("text", [None, REWRITES])
 def test_truncated_context_is_what_a_server_builds_from_the_messages_that_are_left(text):
     render = renderer(text)

@@ -19,6 +19,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
+from preceptor.chat.template import builtin_text
 
 LORA = {"kind": "lora", "rank": 2, "save": "adapter"}
 PROVED = "transformers: the contexts of 24 turns of the run's data are those of training, token for token"
@@ -161,6 +162,32 @@ def test_without_a_converter_the_error_says_how_to_get_one(to, trained, precepto
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     code, _, err = preceptor("export", run, "--to", to)
     assert code == 5 and "holds no convert_hf_to_gguf.py" in err
+
+
+def test_every_named_template_is_in_what_is_exported_and_what_the_converter_reads(
+    trained, preceptor, tmp_path, base_folder, monkeypatch
+):
+    base = AutoTokenizer.from_pretrained(base_folder)
+    chatml = builtin_text("chatml")
+    base.chat_template = {"default": chatml, "tool_use": f"{chatml}{{# tools #}}"}
+    shutil.copytree(base_folder, tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    keys = {"model__path": str(tmp_path / "base"), "data__chat_template": "tokenizer"}
+    run = trained(**keys, adapter={**LORA, "save": "both"})
+    saved = AutoTokenizer.from_pretrained(run / "model").chat_template
+    assert saved.keys() == {"default", "tool_use"}
+    for to in ("hf", "adapter"):
+        code, _, err = preceptor("export", run, "--to", to)
+        assert code == 0, err
+        assert AutoTokenizer.from_pretrained(tmp_path / f"run-{to}").chat_template == saved
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys\nfolder, _, file, *_ = sys.argv[1:]\n"
+        "open(file, 'w').write((pathlib.Path(folder) / 'additional_chat_templates/tool_use.jinja').read_text())\n"
+    )
+    code, _, err = preceptor("export", run, "--to", "gguf", "--skip-proof")
+    assert code == 0, err
+    assert (tmp_path / "run-gguf/model.gguf").read_text() == saved["tool_use"]
 
 
 def test_a_converter_is_driven_and_its_failure_told(trained, preceptor, tmp_path, monkeypatch):

@@ -127,5 +127,17 @@ def test_the_modelfile_has_stop_tokens_parameters_and_no_second_bos():
         'LICENSE """apache-2.0"""',
     ):
         assert line in text.splitlines()
+    plain = modelfile(form, "model.gguf", None, [], {"do_sample": True, "top_k": 7}).splitlines()
+    wanted = {
+        "temperature": "1.0",
+        "top_p": "1.0",
+        "top_k": "7",
+        "repeat_penalty": "1.0",
+    }  # transformers', not Ollama's
+    assert {line.split()[1]: line.split()[2] for line in plain if line.startswith("PARAMETER")} == wanted
     greedy = modelfile(form, "model.gguf", None, ["</s>"], {"temperature": 0.7})
-    assert "PARAMETER temperature 0\n" in greedy and "TEMPLATE" in greedy and "<s>[S]" in greedy
+    assert (
+        "PARAMETER repeat_penalty 1.0\nPARAMETER temperature 0\n" in greedy
+        and "TEMPLATE" in greedy
+        and "<s>[S]" in greedy
+    )

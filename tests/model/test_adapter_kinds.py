@@ -102,10 +102,11 @@ def gradients(model):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, "llama") for name in KINDS]
-    + [(name, kind) for name in ("lora", "pissa") for kind in ("mixtral", "gpt_oss")],
+    + [(name, kind) for name in ("lora", "pissa") for kind in ("mixtral", "gpt_oss")]
+    + [(name, "gpt2") for name in ("lora", "pissa", "dora", "pissa_dora")],
 )
 def test_the_gradient_is_that_of_plain_autograd_in_every_mode(name, kind):
-    model = shake(make(name, kind))
+    model = shake(make(name, kind)).eval()  # GPT-2 has a dropout
     if kind == "mixtral":
         model.get_base_model().set_experts_implementation("eager")  # the grouped kernels know no float64
     plain_loss(model).backward()
@@ -122,9 +123,13 @@ def delta(layer):
     return layer.scaling["default"] * b @ a
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_merged_is_base_plus_adapter(name):
-    base, model = tiny_model("llama", dtype=torch.float64), make(name)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "llama") for name in KINDS] + [(name, "gpt2") for name in ("lora", "pissa", "dora", "pissa_dora")],
+)
+def test_merged_is_base_plus_adapter(name, kind):
+    """GPT-2's matrices lie turned: (inputs, outputs)."""
+    base, model = tiny_model(kind, dtype=torch.float64).eval(), make(name, kind).eval()
     bare = dict(base.named_modules())
     for at, layer in lora_layers(model):  # the base of an adapter is the untouched one, PiSSA's too
         assert torch.equal(layer.get_base_layer().weight, bare[at].weight)
@@ -132,11 +137,12 @@ def test_merged_is_base_plus_adapter(name):
     shake(model)
     whole = dict(merged(model).named_modules())
     for at, layer in lora_layers(model):
-        expected = bare[at].weight + delta(layer)
+        weight, found = (each[at].weight.T if kind == "gpt2" else each[at].weight for each in (bare, whole))
+        expected = weight + delta(layer)
         if KINDS[name].dora:
             length = layer.lora_magnitude_vector["default"].weight[:, None]
             expected = length * expected / expected.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(whole[at].weight, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(plain_loss(merged(model)), plain_loss(model), rtol=1e-12, atol=0)
 
 
@@ -175,11 +181,12 @@ def test_what_is_saved_loads_in_plain_peft_on_the_untouched_base(name, kind, new
             torch.testing.assert_close(other.eval()(input_ids=ids).logits.float(), expected.float(), **tolerance)
 
 
-def test_pissa_starts_at_the_largest_singular_values_and_keeps_them():
-    model = make("pissa", dtype=torch.float32)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_pissa_starts_at_the_largest_singular_values_and_keeps_them(kind):
+    model = make("pissa", kind, dtype=torch.float32).eval()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     for _, layer in lora_layers(model):
-        weight = layer.get_base_layer().weight
+        weight = layer.get_base_layer().weight.T if kind == "gpt2" else layer.get_base_layer().weight
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         u, s, v = torch.linalg.svd(weight)
         best = u[:, :4] * s[:4] @ v[:4]

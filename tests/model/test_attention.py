@@ -134,7 +134,6 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
 @pytest.mark.parametrize(
     ("asked", "word"),
     [
-        ({"dropout": 0.1}, "attention_dropout"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"is_causal": False}, "is_causal"),
         ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "attention_mask"),
@@ -184,16 +183,14 @@ def test_no_mask_is_built(monkeypatch):
     assert seen and all(mask is None for mask in seen)
 
 
-def test_dropout_in_attention_is_rejected_by_the_key_of_the_models_config():
-    with pytest.raises(ModelError, match="Set attn_pdrop to 0"):
-        Engine(tiny_model("gpt2", attn_pdrop=0.1).train()).hidden_states(forest_sequence())
-
-
-def test_dropout_in_attention_is_rejected_in_training_only():
-    model = tiny_model("llama", attention_dropout=0.1)
-    Engine(model.eval()).hidden_states(forest_sequence())
-    with pytest.raises(ModelError, match="attention_dropout"):
-        Engine(model.train()).hidden_states(forest_sequence())
+@pytest.mark.parametrize(("kind", "key"), [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])
+def test_dropout_in_attention_is_known_and_not_applied(kind, key):
+    """A packed sequence has none, in no mode; the run says so (train/test_model_limits.py)."""
+    model = tiny_model(kind, **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, key: 0.5})
+    assert runs.attention_dropout(model.config) == (key, 0.5)
+    assert runs.attention_dropout(tiny_model(kind).config) == (None if kind == "llama" else ("attn_pdrop", 0.1))
+    found = [Engine(each).hidden_states(forest_sequence()) for each in (model.train(), model.eval())]
+    assert torch.equal(*found)
 
 
 def test_a_model_with_attention_of_its_own_is_rejected():

@@ -184,7 +184,7 @@ def test_a_model_with_adapted_experts_is_not_compiled(monkeypatch):
     assert Engine(adapted("auto")).state.not_compiled == compiled.ADAPTED_EXPERTS
 
 
-@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA"])
+@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA", "Llama, DoRA"])
 def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_length(name):
     """A tree is in each sequence. All cases, by aot_eager, are in benchmarks/results/compiled.json."""
     case = table.CASES[name]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.model.interpolate import merge_weights
@@ -36,6 +36,15 @@ def test_every_tensor_is_the_average_and_added_rows_are_the_tuned_ones(folders, 
         torch.testing.assert_close(tensor[:rows], (1 - weight) * before[name] + weight * after[name][:rows])
         assert torch.equal(tensor[rows:], after[name][rows:])
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_named_templates_are_in_the_merged_model(folders, tmp_path):
+    base, tuned = folders
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(tuned)
+    merge_weights(base, tuned, 0.5, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 def test_a_base_with_one_table_for_both_ends(tmp_path):

@@ -1,19 +1,29 @@
 """The prediction of a run that is being made: of its own model and largest sequence, recorded and reported."""
 
+import gc
 import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from measured import measured_peak, sequence_of
+from ranks import run_ranks
 from rich.console import Console
 
 from preceptor import config
+from preceptor.model.forward import Engine
 from preceptor.model.options import KEEP_ALL, ActivationPolicy
+from preceptor.model.sharding import device_mesh, shard_model
+from preceptor.plan.devices import DeviceSpec
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import BASE
-from preceptor.plan.plan import predict_peak_bytes, would_fit
+from preceptor.plan.plan import place_on_ranks, predict_peak_bytes, would_fit
+from preceptor.plan.timeline import LiveBytes
+from preceptor.train.build import optimizer_of
+from preceptor.train.checkpoint import State
 from preceptor.train.prepare import prepare
+from preceptor.train.step import Objective, take_step
 from runs import execute
 from tiny import tiny_model
 
@@ -24,6 +34,32 @@ def test_it_is_what_a_step_takes(run_file):
     predicted = predict_peak_bytes(run, model, sequence, 0, "cpu")
     measured = measured_peak(model, sequence, ActivationPolicy("detach"), num_sequences=run.train.batch_size)
     assert predicted == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_the_placement_on_two_ranks_is_what_a_step_takes(run_file, tmp_path, batch_size):
+    """Gradients of bfloat16 weights are float32 where a step has several sequences, on whichever rank they are."""
+    wide = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 1024, "dtype": torch.bfloat16}
+    tiny_model("llama", **wide).save_pretrained(tmp_path / "wide")
+    of_optimizer = {"name": "sgd", "rounding": "nearest"}
+    keys = {"model__path": str(tmp_path / "wide"), "model__dtype": "bfloat16", "optimizer": of_optimizer}
+    keys |= {"train__precision": "float32", "parallel__strategy": "replicate", "train__batch_size": batch_size}
+    run, sequence = config.load(run_file(**keys)), sequence_of((((9, 3),),))
+
+    def held(world):
+        model = tiny_model("llama", **wide)
+        shard_model(Engine(model), device_mesh("replicate", "cpu", 2, 2))
+        state, own = State(model, optimizer_of(run, model)), [sequence] * -(-batch_size // 2)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            for _ in range(2):
+                gc.collect()
+                live.peak_bytes = live.live_bytes
+                take_step(state, own, 1e-4, 1.0, "float32", Objective(), world)
+        return live.peak_bytes
+
+    placed = place_on_ranks(run, sequence, 0, 2048, DeviceSpec("cpu", 10**9, None, None, "cpu"), 2, 2)
+    for measured in run_ranks(2, held):
+        assert placed.peak_bytes == pytest.approx(measured, rel=0.05)
 
 
 def test_it_knows_of_the_base_that_a_divergence_needs(run_file):

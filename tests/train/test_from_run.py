@@ -153,6 +153,22 @@ def test_a_run_without_a_checkpoint_is_not_lengthened_and_keeps_its_model(run_fi
     assert (tmp_path / "run" / "model").is_dir() and (tmp_path / "run" / "summary.json").is_file()
 
 
+def test_a_checkpoint_without_the_optimizer_is_not_trained_on_from(run_file, tmp_path, preceptor, monkeypatch):
+    """Of a training whose model could not be saved: the same command saves it, a longer run is refused."""
+    file = run_file()
+    settings, longer = (*CONSTANT[:2], "checkpoint.every=null"), "train.duration=7 steps"
+    with monkeypatch.context() as patch:
+        patch.setattr("preceptor.train.run.save_model", lambda *_, **__: (_ for _ in ()).throw(OSError("no room")))
+        assert preceptor("train", file, *settings)[0] == 6
+    code, _, error = preceptor("train", file, *settings, longer)
+    assert code == 6 and "step-00000004: was saved without the state of the optimizer" in error
+    assert config.load(tmp_path / "run" / "config.yaml").train.duration.count == 4
+    assert preceptor("train", file, *settings)[0] == 0 and (tmp_path / "run" / "model").is_dir()
+    code, _, error = preceptor("train", file, *settings, longer)
+    assert code == 6 and "was saved without the state of the optimizer" in error
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 @pytest.mark.parametrize("settings", [CONSTANT[1:], CONSTANT[:1]])
 def test_where_the_rate_depends_on_the_length_it_may_not_change(run_file, preceptor, settings):
     file = run_file()

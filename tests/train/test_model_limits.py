@@ -45,7 +45,6 @@ def llama():
 
 def gpt2(positions):
     size = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": positions}
-    size |= dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **size, eos_token_id=0, bos_token_id=0))
 
 
@@ -103,8 +102,9 @@ def test_examples_beyond_learned_positions_are_too_long(base, preceptor, run_fil
     run = run_file(rows, model__path=base(gpt2(72)), data__max_rejected=0.9)
     _, out, _ = preceptor("check", run)
     assert "learned positions for 72" in out
-    code, _, err = preceptor("train", run)
+    code, out, err = preceptor("train", run)
     assert code == 0, err
+    assert "attn_pdrop of 0.1 is off" in out + err
     assert "learned positions for 72" in (tmp_path / "run" / "rejections.jsonl").read_text()
 
 

@@ -224,6 +224,21 @@ def test_adamw_8bit_follows_adamw():
         assert (p - q).norm() < 0.08 * (q - start[name]).norm(), name
 
 
+def test_an_update_of_8_bits_is_bounded_as_adamws_is_where_gradients_are_tiny_or_stop():
+    """No first mean that was rounded up is divided by epsilon alone. 1.2: the most of AdamW with these betas."""
+    model = torch.nn.Linear(256, 16, bias=False)
+    optimizer = built(model, "adamw_8bit")
+    optimizer.param_groups[0] |= {"lr": 1e-3, "weight_decay": 0.0}
+    sizes = 2.0 ** -torch.linspace(0, 30, 256)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        drawn = torch.randn(16, 256, generator=generator) * sizes
+        model.weight.grad = drawn * (step % 4 == 0)  # the row of a token that occurs now and then
+        before = model.weight.detach().clone()
+        optimizer.step()
+        assert (model.weight - before).abs().max() < 1.2 * 1.05 * 1e-3, step
+
+
 @pytest.mark.parametrize("rounding", [None, "exact", "stochastic"])
 @pytest.mark.parametrize("name", NAMES)
 def test_states_go_through_a_checkpoint_and_have_the_predicted_size(name, rounding, tmp_path):

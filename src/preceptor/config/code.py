@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from textwrap import dedent
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -34,7 +36,8 @@ class HeldCode(str):
 class OwnFunction:
     """sha256: of its file and name; of one that a program holds, of its source and the values that it uses.
 
-    None where such a value cannot be told from others.
+    Both include the modules that are imported, except installed ones. None where a value cannot be told from others, or
+    such a module has changed since this process loaded it.
     """
 
     name: str
@@ -73,7 +76,10 @@ def load_code(named: str, key: str) -> OwnFunction:
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"{key}: {file} has no function {name!r}")
-    return OwnFunction(name, hashlib.sha256(content + b"\0" + name.encode()).hexdigest(), function)
+    sha256 = None
+    with suppress(OSError):
+        sha256 = hashlib.sha256(content + b"\0" + name.encode() + _imported(content)).hexdigest()
+    return OwnFunction(name, sha256, function)
 
 
 def _place(named: str, key: str) -> tuple[Path, str]:
@@ -102,6 +108,56 @@ def _module(file: Path, sha256: str) -> ModuleType:
         del sys.modules[name]
         raise ConfigError(f"{file}: running it raised {type(error).__name__}: {error}") from error
     return module
+
+
+def _imported(source: bytes, package: str = "") -> bytes:
+    """The names and hashes of the modules that Python source imports, and of those that these import.
+
+    Without those of the standard library, of installed packages and of this one. Raises OSError where one cannot be
+    read, or has changed since.
+    """
+    found: dict[str, bytes] = {}
+    _add_imported(source, package, found)
+    return b"".join(name.encode() + b"\0" + found[name] for name in sorted(found))
+
+
+_digests: dict[str, bytes] = {}  # of each module's file when it was first read: what is loaded stays as it was
+
+
+def _add_imported(source: bytes, package: str, found: dict[str, bytes]) -> None:
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # a lambda within a call, or a module that is compiled
+        return
+    for node in nodes:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            with suppress(ImportError):  # a relative name without a package
+                of = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                names = [of, *(f"{of}.{name}" for name in names)]
+        for spec in (spec for name in names for spec in _own_modules(name)):
+            if spec.name in found or spec.origin is None:
+                continue
+            content = Path(spec.origin).read_bytes()
+            found[spec.name] = hashlib.sha256(content).digest()
+            if _digests.setdefault(spec.origin, found[spec.name]) != found[spec.name]:
+                raise OSError(f"{spec.origin} has changed since it was loaded")
+            _add_imported(content, spec.parent or "", found)
+
+
+def _own_modules(name: str) -> Iterator[ModuleSpec]:
+    """A module and the packages that it is in, as far as they are files that are not installed. Nothing is run."""
+    top, *rest = name.split(".")
+    spec: ModuleSpec | None = None
+    if top not in sys.stdlib_module_names and top != __name__.partition(".")[0]:
+        with suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(top)
+    while spec is not None:
+        if spec.has_location and not {"site-packages", "dist-packages"} & set(Path(spec.origin or "").parts):
+            yield spec
+        if not rest or spec.submodule_search_locations is None:
+            return
+        spec = PathFinder.find_spec(f"{spec.name}.{rest.pop(0)}", spec.submodule_search_locations)
 
 
 def _sha256_of_held(function: Callable[..., Any]) -> str | None:
@@ -135,6 +191,8 @@ def _parts(value: Any, module: str, seen: set[int]) -> Iterator[str | bytes]:
         yield f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value.__name__
         if isinstance(value, type) and value.__module__ == module:
             yield _source(value)
+        elif own := _imported(f"import {value.__module__ if isinstance(value, type) else value.__name__}".encode()):
+            yield own
         return
     if kind in (set, frozenset):
         inner = sorted(_sha256_of(each, module, seen) for each in value)
@@ -177,7 +235,12 @@ def _of_function(function: FunctionType, module: str) -> tuple[Any, ...]:
     cells = {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
     used = sorted(_names(code)) if function.__module__ == module else []
     values = {name: function.__globals__[name] for name in used if name in function.__globals__}
-    return source, by_code, cells, function.__defaults__, function.__kwdefaults__, values
+    package = str(function.__globals__.get("__package__") or "")
+    own = _imported(
+        (dedent(source) if function.__module__ == module else f"import {function.__module__}").encode(), package
+    )
+    imported = [own] if own else []
+    return source, by_code, cells, function.__defaults__, function.__kwdefaults__, values, *imported
 
 
 def _names(code: CodeType) -> set[str]:

@@ -75,6 +75,10 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     _set_trackers(given)
     given.carry(DIRECT)
     optimizer = given.tree.get("optimizer", {})
+    relative = given.peer != "torchtune" and optimizer.get("name") == "adafactor"  # torchtune's is torch's, as here
+    if relative and (rate := optimizer.pop("learning_rate", None)) is not None:
+        why = f"{short(rate)} is the size of an update there; here it is multiplied by the size of each weight"
+        given.note("learning_rate", f"{why}. Left at Adafactor's default: set optimizer.learning_rate")
     if optimizer.get("max_grad_norm") == 0:
         optimizer["max_grad_norm"] = _NO_CLIPPING
         given.note("max_grad_norm", "gradients are not clipped there; here at a norm that none reaches")

@@ -140,7 +140,10 @@ def _set_decay(given: Conversion, scheduler: str | None) -> None:
     kwargs = given.settings.get("lr_scheduler_kwargs")
     arguments: Mapping[str, Any] = kwargs if isinstance(kwargs, Mapping) else {}
     ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
-    if given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
+    if scheduler == "constant":
+        if given.settings.pop("cosine_min_lr_ratio", None) is not None:
+            given.note("cosine_min_lr_ratio", "of a constant rate there is no last share: nothing to set")
+    elif given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
         given.set("optimizer.min_lr_ratio", given.number("lr_scheduler_kwargs", ratio))
     if scheduler == "wsd":
         if (steps := arguments.get("num_decay_steps")) is not None:

@@ -79,6 +79,11 @@ class Run(Section):
         if self.loss.code is not None and (self.loss.type != "nll" or self.loss.label_smoothing):
             key = "type" if self.loss.type != "nll" else "label_smoothing"
             raise ConfigError(f"loss.{key}: is part of the loss that `loss.code` replaces; remove one of them")
+        if self.data.share_prefixes and self.train.neftune_alpha:
+            raise ConfigError(
+                "data.share_prefixes: with train.neftune_alpha a common prompt would have one noise for all of its "
+                "conversations, and of another size; remove one of the two keys"
+            )
         own = self._of_a_stream() if self.data.streaming else self
         if not self.data.streaming and self.data.window != Data.model_fields["window"].default:
             raise ConfigError("data.window: only data.streaming has windows; set it, or remove the key")
@@ -168,8 +173,9 @@ class Run(Section):
         duration = self.train.duration
         if duration.unit == "percent":
             raise ConfigError("train.duration: a run's length is in epochs or steps, not in percent of itself")
-        for key, own in (("train.duration", duration), ("optimizer.warmup", self.optimizer.warmup)):
-            if own.seconds is not None:
+        warmup, decay = self.optimizer.warmup, self.optimizer.decay
+        for key, own in (("train.duration", duration), ("optimizer.warmup", warmup), ("optimizer.decay", decay)):
+            if own is not None and own.seconds is not None:
                 raise ConfigError(f"{key}: in epochs or steps, not in time: a run must be the same on every machine")
         if duration.count == 0:
             raise ConfigError("train.duration: must be more than 0")
@@ -238,6 +244,11 @@ def _resolved(optimizer: Optimizer, half_trained: bool, adapted: bool) -> Optimi
         found["momentum"] = _MOMENTA[optimizer.name] if momentum is None else momentum
     elif optimizer.momentum is not None:
         raise ConfigError(f"optimizer.momentum: of muon and sgd; {optimizer.name} has none, AdamW has `betas`")
+    absent = Optimizer()  # a dumped run has the defaults of keys that were not given
+    if optimizer.name in ("adafactor", "sgd") and optimizer.betas != absent.betas:
+        raise ConfigError(f"optimizer.betas: of adamw, adamw_8bit and muon; {optimizer.name} has none. Remove the key")
+    if optimizer.lr_scheduler == "constant" and optimizer.min_lr_ratio != absent.min_lr_ratio:
+        raise ConfigError("optimizer.min_lr_ratio: with `lr_scheduler: constant` the rate does not fall; remove one")
     if half_trained:
         found["rounding"] = optimizer.rounding or "exact"
     elif optimizer.rounding is not None:

@@ -170,7 +170,7 @@ class Data(Section):
     window: Annotated[int, Field(ge=1, le=10**7)] = 10_000
     """With `streaming`: examples that are shuffled and packed together; of each source a share by its `weight`."""
     share_prefixes: bool = False
-    """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
+    """Compute what conversations begin with once: equal prompts, or 64 tokens. Same gradient. Not with NEFTune."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of rejected examples above which the run stops before any model is loaded."""
     allow_rejected: list[str] = []
@@ -208,14 +208,14 @@ class Train(Section):
     max_skipped: Annotated[int, Field(ge=0)] = 0
     """Steps of a run that may be skipped because loss or gradient is NaN or infinite; one more ends the run."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """NEFTune (arXiv:2310.05914): uniform noise on the embeddings, `alpha / sqrt(tokens * hidden size)`. 0: none."""
+    """NEFTune (arXiv:2310.05914): noise of `alpha / sqrt(tokens * hidden size)`; not with `share_prefixes`. 0: none."""
 
 
 class Optimizer(Section):
     name: Literal["adamw", "adamw_8bit", "muon", "adafactor", "sgd"] = "adamw"
     """What turns gradients into updates. docs/optimizers.md: what each is, its bytes per parameter, a comparison."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate. Absent: 2e-5 (of an adapter 2e-4); adafactor 1e-3 (1e-2), sgd 2e-2 (2e-1)."""
+    """Peak. Absent: 2e-5 (of an adapter 2e-4), sgd 2e-2 (2e-1), adafactor 1e-3 (1e-2), times each weight's size."""
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Learning rates of some parameters as a factor of it, by name: `{"*.embed_tokens": 0.1, "*lora_B*": 16}`."""
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

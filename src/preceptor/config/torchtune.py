@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from preceptor.config.peer_defaults import optimizer_name
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES, table
 from preceptor.errors import short
@@ -15,6 +16,8 @@ _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/
 _READ = "model tokenizer checkpointer dataset dataset_val optimizer lr_scheduler loss device name".split()  # noqa: SIM905
 _OF_NO_EFFECT = ("_component_", "fused", "foreach", "maximize", "capturable")
 _SECTIONS = ("model", "tokenizer", "checkpointer", "optimizer", "lr_scheduler")
+# Of torch's optimizers, where a config says nothing: learning rate and weight decay.
+_OPTIMIZERS = {"adamw": (1e-3, 0.01), "adafactor": (1e-2, 0.0), "sgd": (1e-3, 0.0), "muon": (1e-3, 0.1)}
 _TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard"}
 _SETTINGS = table("""
 epochs: num_train_epochs
@@ -102,6 +105,8 @@ def _optimizer(tree: Mapping[str, Any], found: PeerFile) -> None:
     optimizer, scheduler = dict(tree.get("optimizer") or {}), dict(tree.get("lr_scheduler") or {})
     if (name := _name(optimizer)) is not None:
         found.settings["optimizer"] = name
+        rate, decay = _OPTIMIZERS.get(optimizer_name(name) or "", _OPTIMIZERS["adamw"])
+        found.defaults = {"learning_rate": rate, "weight_decay": decay}
     found.settings |= {key: optimizer.pop(key) for key in ("lr", "weight_decay") if key in optimizer}
     betas = optimizer.get("betas")
     if isinstance(betas, list) and len(betas) == 2:

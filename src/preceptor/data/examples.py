@@ -158,14 +158,31 @@ def read_message(raw: object, where: str) -> Message:
 def _check_fields(raw: Mapping[str, Any], where: str) -> None:
     """Raises Unreadable for a field that says something wrong. A tool's result may be an object."""
     for key in ("content", *REASONING_FIELDS):
-        if not (key == "content" and raw.get("role") == "tool" and isinstance(raw.get(key), dict)):
+        if key == "content" and raw.get("role") == "tool" and isinstance(raw.get(key), dict):
+            require_json(raw[key], f"{where}.{key}")
+        else:
             _check_text(raw.get(key), f"{where}.{key}")
+    require_json(raw.get("tool_calls"), f"{where}.tool_calls")
     calls = raw.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise Unreadable("bad_message", f"{where}.tool_calls must be a list of objects")
     for key, instead in _UNREAD_KEYS.items():
         if raw.get(key):
             raise Unreadable("unread_field", f"{where}.{key} is not read: {instead}")
+
+
+def require_json(value: object, where: str, is_key: bool = False) -> None:
+    """Raises Unreadable for what JSON cannot spell, such as a date of a Parquet file."""
+    if isinstance(value, Mapping) and not is_key:
+        for key, inner in value.items():
+            require_json(key, f"a key of {where}", is_key=True)
+            require_json(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple) and not is_key:
+        for index, inner in enumerate(value):
+            require_json(inner, f"{where}[{index}]")
+    elif not (value is None or isinstance(value, str | int | float)):
+        kind = type(value).__name__
+        raise Unreadable("unreadable", f"{where} is {short(value)}, and JSON has no {kind}: write a string or a number")
 
 
 def _trained(raw: Mapping[str, Any], where: str) -> bool | None:

@@ -6,7 +6,7 @@ is a DataError.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -17,7 +17,7 @@ from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
-from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TableFile, find_tables
+from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, RecordList, TableFile, find_tables
 from preceptor.data.formats.text_files import parse_line
 from preceptor.data.formats.values import Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
@@ -66,7 +66,7 @@ def _question(example: Example) -> str:
 
 _OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
 _KEYS = (*ROW_KEYS, *PARTS_OF_A_QUESTION, *UNREAD_COLUMNS, *TRAIN_KEYS, *_OTHER_KEYS)
-_FIRST = 100  # examples in which a column must occur, and that tell whether a source holds conversations
+_FIRST = 100  # examples in which a column that its format needs must occur; that tell if a source holds conversations
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +171,21 @@ class OpenSource:
         names = None if self.own else table.columns()
         if names is not None:
             _check_columns(table.name, names, self.source)
-        lines = table.lines() if isinstance(table, TableFile) else None
-        rows = _not_empty(table.name, lines or table.rows(None if self.own else self.keys_read))
+        rows = _not_empty(table.name, self._read(table))
         if columns and names is None:  # each row has keys of its own
             first = list(islice(rows, _FIRST))
-            parsed = [parse_line(row, place) if isinstance(row, str) else row for place, row in first]
-            keys = dict.fromkeys(key for row in parsed if not isinstance(row, Unreadable) for key in row)
+            keys = _keys_of(first, columns.values())
+            there = [ours for ours, theirs in columns.items() if theirs in keys]
+            if has_format(there) and (table.files() or isinstance(table, RecordList)):  # it can be read twice
+                keys = _keys_of(chain(first, islice(self._read(table), _FIRST, None)), columns.values())
             _check_columns(table.name, list(keys), self.source)
             rows = chain(first, rows)
         for place, row in rows:
             yield UnreadRow(table.name, place, row, self)
+
+    def _read(self, table: DataTable) -> Iterator[tuple[str, str | Row]]:
+        lines = table.lines() if isinstance(table, TableFile) else None
+        return lines or table.rows(None if self.own else self.keys_read)
 
     @cached_property
     def keys_read(self) -> frozenset[str]:
@@ -259,6 +264,17 @@ def _not_empty(name: str, rows: Iterator[Any]) -> Iterator[Any]:
         yield row
     if not found:
         raise DataError(f"{name}: the file is empty; it needs at least one example")
+
+
+def _keys_of(rows: Iterable[tuple[str, str | Row]], wanted: Collection[str]) -> list[str]:
+    """The keys that rows have, of as many as it takes to see the wanted ones."""
+    found: dict[str, None] = {}
+    for place, unread in rows:
+        row = parse_line(unread, place) if isinstance(unread, str) else unread
+        found |= {} if isinstance(row, Unreadable) else dict.fromkeys(row)
+        if found.keys() >= set(wanted):
+            break
+    return list(found)
 
 
 def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:

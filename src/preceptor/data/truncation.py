@@ -12,10 +12,11 @@ conversation outgrows the model's context. `split`: nothing is left out; the tur
 A shortened conversation is rendered and proved like any other: its context is what a server would build from these
 messages, and every target is whole, stop token included. In the order in which they are given up: exchanges that begin
 with a user's message; within the last exchange, an assistant's messages with the tool results that follow; last, the
-beginning of the text of the user's message (or of a completion's prompt). System messages stay. In `split`, a turn
-that does not fit with all that was said before it keeps about `max_length / 2` tokens of it at least, as messages
-allow, and more where the turns of its example leave room. Plain text is cut into pieces; each begins with the last
-token of the one before, so that every token is trained once. A target longer than `max_length` is rejected.
+beginning of the text of the user's message (or of a completion's prompt). System messages stay, wherever they stand.
+In `split`, a turn that does not fit with all that was said before it keeps about `max_length / 2` tokens of it at
+least, as messages allow, and more where the turns of its example leave room. Plain text is cut into pieces; each begins
+with the last token of the one before, so that every token is trained once. A target longer than `max_length` is
+rejected.
 """
 
 from bisect import bisect_left
@@ -285,15 +286,14 @@ def _first(num: int, holds: Callable[[int], bool], near_end: bool = False) -> in
 
 def _beginnings(messages: Sequence[Message], turn: int) -> list[tuple[int, ...]]:
     """Which messages may stand before a turn, from all of them to the fewest (module docstring)."""
-    num_system = next((k for k, m in enumerate(messages) if m.role not in ("system", "developer")), 0)
-    head = tuple(range(num_system))
-    users = [k for k in range(num_system, turn) if messages[k].role == "user"]
-    found = [tuple(range(turn)), *((*head, *range(user, turn)) for user in users)]
+    systems = [k for k in range(turn) if messages[k].role in ("system", "developer")]
+    users = [k for k in range(turn) if messages[k].role == "user"]
+    found = [range(turn), *((*systems, *range(user, turn)) for user in users)]
     if users:
         user = users[-1]
         within = [k for k in range(user + 2, turn) if messages[k].role == "assistant"]
-        found += [(*head, user, *range(k, turn)) for k in (*within, turn)]
-    return list(dict.fromkeys(found))
+        found += [(*systems, user, *range(k, turn)) for k in (*within, turn)]
+    return list(dict.fromkeys(tuple(sorted(set(kept))) for kept in found))
 
 
 def _kept(example: Conversation, kept: Sequence[int], trained: Sequence[int]) -> Conversation:

@@ -15,7 +15,7 @@ from preceptor.export.ollama import modelfile, turn_format
 from preceptor.export.proof import TrainedTurns, last_logits, prove_folder, prove_gguf, prove_logits, trained_turns
 from preceptor.export.source import ExportSource
 from preceptor.files import read_json, replacing
-from preceptor.hub import ADAPTER_CONFIG
+from preceptor.hub import ADAPTER_CONFIG, copy_file, model_files
 
 Target = Literal["hf", "adapter", "gguf", "ollama", "hub"]
 GGUF_FILE = "model.gguf"
@@ -102,9 +102,8 @@ def _write_adapter(
 
 
 def _copy(origin: Path, source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns) -> list[str]:
-    for file in origin.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    for name in model_files(origin):
+        copy_file(origin / name, folder / name)
     return [] if wanted.skip_proof else prove_folder(folder, trained, source.trust_remote_code)
 
 

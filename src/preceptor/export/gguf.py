@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from preceptor.errors import ModelError, short
 from preceptor.files import read_json
+from preceptor.hub import model_files
 
 CONVERTER = "convert_hf_to_gguf.py"
 TOKENIZER_CONFIG, SENTENCE_PIECES = "tokenizer_config.json", "tokenizer.model"
@@ -90,9 +91,10 @@ def _as_the_converter_reads_it(folder: Path, place: Path, tokenizer: Any, pieces
     tokenizer.model, added_tokens_decoder, and whether a space is put before a text that follows a special token.
     """
     place.mkdir()
-    for file in folder.iterdir():
-        if file.is_file() and file.name != TOKENIZER_CONFIG:
-            (place / file.name).symlink_to(file.resolve())
+    for name in model_files(folder):
+        if name.name != TOKENIZER_CONFIG:
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).symlink_to((folder / name).resolve())
     about = read_json(folder / TOKENIZER_CONFIG)
     if pieces is not None:
         (place / SENTENCE_PIECES).symlink_to(pieces.resolve())

@@ -14,6 +14,7 @@ from preceptor.errors import TemplateError
 
 _SYSTEM, _USER, _ANSWER, _LAST = "\u2402system\u2403", "\u2402user\u2403", "\u2402answer\u2403", "\u2402last\u2403"
 _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of transformers, where it samples; Ollama's are others
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ def modelfile(
     licence: str | None = None,
 ) -> str:
     """bos: what llama.cpp puts before a prompt by itself. settings: of the generation config, and `num_ctx`."""
+    absent = {"repetition_penalty": 1.0, **(_DEFAULTS if settings.get("do_sample") else {})}
+    given = {key: absent.get(key) if settings.get(key) is None else settings[key] for key in _PARAMETERS}
     begins = {name: getattr(form, name).removeprefix(bos or "") for name in ("begin", "begin_with_system")}
     template = replace(form, **begins).go()
     lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines += [f"PARAMETER {name} {settings[key]}" for key, name in _PARAMETERS.items() if settings.get(key) is not None]
+    lines += [f"PARAMETER {name} {given[key]}" for key, name in _PARAMETERS.items() if given[key] is not None]
     if not settings.get("do_sample"):
         lines = [line for line in lines if not line.startswith("PARAMETER temperature")] + ["PARAMETER temperature 0"]
     if settings.get("num_ctx"):

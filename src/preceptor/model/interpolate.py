@@ -6,7 +6,6 @@ float32; the result has the tuned model's types, files, configuration and tokeni
 (new tokens) have no counterpart in the base and are kept as they are.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
-from preceptor.hub import fetch_folder
+from preceptor.hub import copy_file, fetch_folder, model_files
 
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}  # where the base saved one table for both ends
 
@@ -34,11 +33,11 @@ def merge_weights(base: str | Path, tuned: str | Path, weight: float, out: str |
     places = _places(base_folder)
     with replacing(out) as partial:
         partial.mkdir(parents=True)
-        for file in sorted(tuned_folder.iterdir()):
-            if file.suffix == ".safetensors":
-                _merge_file(file, places, weight, partial / file.name)
-            elif file.is_file():
-                shutil.copyfile(file, partial / file.name)
+        for name in model_files(tuned_folder):
+            if name.suffix == ".safetensors":
+                _merge_file(tuned_folder / name, places, weight, partial / name)
+            else:
+                copy_file(tuned_folder / name, partial / name)
 
 
 def _folder(path: str | Path) -> Path:

@@ -22,7 +22,7 @@ from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.errors import ModelError, is_out_of_memory
 from preceptor.model.activations.inputs import SequenceInputs, split_by_loss
 from preceptor.model.activations.layers import EngineLayer, PathMixer
-from preceptor.model.activations.linear import FusedAdapter, SharedCastLinear, is_plain_lora
+from preceptor.model.activations.linear import FusedAdapter, SharedCastLinear, is_products_alone
 from preceptor.model.activations.modules import (
     AccumulatingEmbedding,
     EfficientGLU,
@@ -139,7 +139,7 @@ def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
 def _adapters(model: nn.Module) -> dict[nn.Module, Any]:
     """Others are left to peft."""
     adapted = (module for module in decoder_of(model).modules() if isinstance(module, LoraLinear))
-    return {module: None for module in adapted if all(is_plain_lora(module, name) for name in module.lora_A)}
+    return {module: None for module in adapted if all(is_products_alone(module, name) for name in module.lora_A)}
 
 
 def _embedding(model: nn.Module) -> dict[nn.Module, Any]:
@@ -190,7 +190,7 @@ OPTIMISATIONS = (
     Optimisation("norms", EfficientNorm, _norms, within="efficient"),  # which keep their input alone
     Optimisation("glu", EfficientGLU, _gated_units, within="efficient"),  # which do not keep the gate's activation
     Optimisation("linear", SharedCastLinear, _linear_layers, within="efficient"),  # layers share half-precision copies
-    Optimisation("adapters", FusedAdapter, _adapters, within="efficient"),  # added to their layer's product in place
+    Optimisation("adapters", FusedAdapter, _adapters),  # added to their layer's product in place
     Optimisation("embedding_gradient", AccumulatingEmbedding, _embedding),  # in place
     Optimisation("head_gradient"),  # in place; the head's half-precision copy once a step
     Optimisation("last_layer"),  # for loss-bearing tokens only

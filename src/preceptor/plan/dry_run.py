@@ -49,7 +49,7 @@ from preceptor.model.quantization import quantize
 from preceptor.model.routers import router_aux_coef
 from preceptor.model.sizes import dry_run_for
 from preceptor.plan.counting import count_built
-from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Setup
+from preceptor.plan.memory import EVERYTHING, HALF, Moment, Patterns, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
 from preceptor.plan.timeline import Role, Timeline
 
@@ -238,7 +238,8 @@ def _passes(
     mode: Any = next(iter(trained)).fake_mode
     for parameter in trained:
         if parameter.dtype == torch.bfloat16:
-            parameter.grad_dtype = torch.bfloat16 if setup.sequences_per_step == 1 else torch.float32  # type: ignore[attr-defined]
+            own = torch.bfloat16 if setup.gradient_bytes == HALF else torch.float32
+            parameter.grad_dtype = own  # type: ignore[attr-defined]
         dtype = parameter.grad_dtype  # type: ignore[attr-defined]
         parameter.grad = torch.empty_like(parameter, dtype=dtype) if setup.sequences_per_step > 1 else None
     layers = decoder_layers(model)

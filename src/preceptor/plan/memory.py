@@ -75,8 +75,9 @@ class Setup:
     """How a model is held and trained. autocast: matrix products in bfloat16 (`train.precision`).
 
     rounding: of trained bfloat16 weights (`optimizer.rounding`). offload: optimizer states are in the host's memory.
-    router_aux_coef: as in the run file. kl_to_base: the base runs as well (`loss.kl_coef`); in full fine-tuning it is a
-    copy of its own.
+    sequences_per_step: of one process. wide_gradients: those of bfloat16 weights are float32, also where a process has
+    but one of a step's. router_aux_coef: as in the run file. kl_to_base: the base runs as well (`loss.kl_coef`); in
+    full fine-tuning it is a copy of its own.
     """
 
     weights: Weights = "float32"
@@ -93,6 +94,7 @@ class Setup:
     offload: bool = False
     router_aux_coef: float | None = None
     kl_to_base: bool = False
+    wide_gradients: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -107,7 +109,8 @@ class Setup:
     @property
     def gradient_bytes(self) -> int:
         """Of an element of `.grad`; gradients of several sequences are summed in float32."""
-        return HALF if self.half_trained and self.sequences_per_step == 1 else FLOAT32
+        several = self.wide_gradients or self.sequences_per_step > 1
+        return HALF if self.half_trained and not several else FLOAT32
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,8 @@ def _in_passes(setup: Setup, reads_alone: bool, num_ranks: int = 1) -> Setup:
 
     A model that reads one conversation at a time takes several passes per sequence, so that gradients accumulate.
     """
-    return replace(setup, sequences_per_step=max(1 + reads_alone, -(-setup.sequences_per_step // num_ranks)))
+    own = max(1 + reads_alone, -(-setup.sequences_per_step // num_ranks))
+    return replace(setup, sequences_per_step=own, wide_gradients=setup.sequences_per_step > 1 or reads_alone)
 
 
 def _num_rows(rows: int, sample: Sample | str) -> int:

@@ -54,6 +54,10 @@ def announce(
     lines += [*prepared.chat.doubts, *table_lines(model), *_model_lines(prepared, model)]
     if run.optimizer.offload and not offloads(state.optimizer):
         lines.append("optimizer.offload changes nothing: the model is in the host's memory too")
+    if (num := run.optimizer.warmup.steps(loader.steps_per_epoch, num_steps)) > num_steps:
+        lines.append(
+            f"optimizer.warmup: {num:,} steps, more than the run has: its learning rate never gets to the peak"
+        )
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

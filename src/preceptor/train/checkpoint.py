@@ -2,8 +2,8 @@
 
     OUT/checkpoints/step-00000200/
       .metadata, *.distcp   trained parameters and optimizer state by name, of torch.distributed.checkpoint (DCP)
-      manifest.json         the run's id, the step, in a stream the position, run file and versions; size and SHA-256
-                            of each other file
+      manifest.json         the run's id, the step, in a stream the position, `optimizer: false` if its state is not
+                            there, run file and versions; size and SHA-256 of each other file
 
 Each rank writes its part of each tensor; any number of ranks can read them. A checkpoint is written beside its place
 and renamed by the first rank when all are done, so a folder named `step-*` is always complete. The order of the data
@@ -63,12 +63,16 @@ Content = dict[str, Any]
 
 @dataclass
 class State:
-    """What a run is between two steps. `step` counts the steps taken. position: in a stream, else None."""
+    """What a run is between two steps. `step` counts the steps taken. position: in a stream, else None.
+
+    has_optimizer: False where it comes from a checkpoint without the optimizer's state.
+    """
 
     model: Any
     optimizer: torch.optim.Optimizer
     step: int = 0
     position: Position | None = None
+    has_optimizer: bool = True
 
     @cached_property
     def engine(self) -> Engine:
@@ -136,7 +140,8 @@ class Checkpoints:
         require_finite(state)
         content, num_bytes = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer)
         position = {} if state.position is None else {"position": state.position.to_json()}
-        manifest = {"run": self.run_id, "step": state.step, **position, **self.about}
+        left_out = {} if with_optimizer else {"optimizer": False}
+        manifest = {"run": self.run_id, "step": state.step, **position, **left_out, **self.about}
         if not self.async_save:
             self._save(content, num_bytes, manifest)
             return
@@ -242,11 +247,22 @@ class Checkpoints:
                 continue
             state.step, position = int(manifest["step"]), manifest.get("position")
             state.position = None if position is None else Position.from_json(position)
+            state.has_optimizer = manifest.get("optimizer", True)
             self._prune(self.keep, state.step)
             return
         if found:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint can be read: {'; '.join(reasons)}. Start over with --replace"
+            )
+
+    def require_optimizer(self, state: State) -> None:
+        """Raises CheckpointError where no step can follow, since `state` was restored without that of the optimizer."""
+        if not state.has_optimizer:
+            place = self._place(state.step)
+            raise CheckpointError(
+                f"{place}: was saved without the state of the optimizer, as the training was over and its model could "
+                "not be saved; no step can follow it. Run it as it was (train.duration, train.patience), which saves "
+                f"the model, or make a model of it by `preceptor export {place} --to hf`"
             )
 
     def restore_weights(self, state: State, step: int) -> None:

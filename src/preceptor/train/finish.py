@@ -33,10 +33,16 @@ def require_room(folder: Path, model_bytes: int, checkpoint_bytes: int, num_chec
 
 
 def save_at_the_end(
-    save_model: Callable[[], None], state: "State", checkpoints: "Checkpoints", stop: "StopRequest", say: Say
+    save_model: Callable[[], None],
+    state: "State",
+    checkpoints: "Checkpoints",
+    stop: "StopRequest",
+    say: Say,
+    with_optimizer: bool = False,
 ) -> None:
     """Save the model of a finished training; where that fails, a checkpoint, from which the same command saves it.
 
+    with_optimizer: of a training that the program ended, so that its last steps may follow.
     Where there is no room for either, older checkpoints are deleted, and both are tried again for ten minutes. Raises
     CheckpointError where the model could not be saved, with what is kept and what to do.
     """
@@ -49,7 +55,7 @@ def save_at_the_end(
         if checkpoints.has(state.step):
             break
         try:
-            checkpoints.save(state, with_optimizer=False)
+            checkpoints.save(state, with_optimizer)
             checkpoints.wait()  # of an asynchronous one
             break
         except CheckpointError as error:

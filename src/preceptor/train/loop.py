@@ -96,6 +96,8 @@ class Loop:
         saving, evaluating = (Clock(each.every, per_epoch, total) for each in (run.checkpoint, run.eval))
         try:
             over = self._evaluate(evaluating.due(state.step))  # unless the session before has done so
+            if state.step < total and not over:
+                self.checkpoints.require_optimizer(state)
             while state.step < total and not over:
                 step = self._take(learning_rates(state.step))
                 self.display.step(step.line())

@@ -26,12 +26,13 @@ from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError, explaining_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
+from preceptor.model.attention.runs import attention_dropout
 from preceptor.model.checks import check_compiled, check_head, check_isolation, check_phases, check_sequential
 from preceptor.model.compiled import ADAPTED_EXPERTS, CARRIES, adapts_experts, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast, require_close
 from preceptor.model.optimisations import give_up_compiling
-from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
+from preceptor.model.parts import decoder_of, evaluating, exact_routing, has_experts, model_type
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.optimizer import accumulate_in_float32
 from preceptor.train.step import CROSS_ENTROPY_LOSS, Objective, accumulate_gradients, does_not_fit, update_does_not_fit
@@ -109,6 +110,10 @@ class _Proofs:
         trees: list[Tree] = []
         if not self.loader.alone:
             self._prove("", lambda: engine.call(lambda: check_phases(model, self.objective.policy)))
+            if (dropout := attention_dropout(decoder_of(model).config)) is not None:
+                self.say(
+                    "{} of {:g} is off: packed conversations are trained without dropout in attention".format(*dropout)
+                )
             trees = _sample(self.loader)
         if len(trees) > 1:
             of_this_run = f"{len(trees)} of this run, {sum(tree.num_tokens for tree in trees):,} tokens"

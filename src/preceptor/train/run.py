@@ -115,7 +115,7 @@ class Training:
             self._end(self.loop.ends)
             if world.size == 1:  # else it was needed to place the model
                 self._record_prediction()
-            save_at_the_end(self._save, state, checkpoints, self.stop, self.say)
+            save_at_the_end(self._save, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             seconds = time.perf_counter() - started
             self.summary = world.first(lambda: finish(folder, self.say, seconds))
 
@@ -189,6 +189,7 @@ class Training:
         if folder.lengthens:
             if not state.step:
                 raise CheckpointError(f"{run.out}: has no checkpoint to train on from{longer(run.out)}")
+            self._checkpoints.require_optimizer(state)
             world.first(lambda: folder.lengthen(config.dump(run), self._num_steps))
             say(f"lengthened to {counted(self._num_steps, 'step')}; goes on after step {state.step:,}")
         world.first(lambda: folder.go_on(state.step, session(state.model.device, world.size), say))

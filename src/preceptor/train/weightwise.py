@@ -194,6 +194,8 @@ def parts_of(num: int, each: int) -> Iterator[slice]:
 # the code says the exponent e in equal steps, so that a small element is as exact as a large one (its square root
 # divides an update: Dettmers et al. 2021, arXiv:2110.02861, on why equal steps of the value do not do). Of two codes
 # the nearer one is the likelier one, and the mean is right: rounding to the nearest would hold a slow mean where it is.
+# But no mean of a square becomes 0, below the lowest code: the mean beside it may be rounded up, and where the next
+# gradients are 0 (the row of a token that does not occur) epsilon alone would divide it.
 #
 # Legend: R rows, K columns, B blocks of a row.
 
@@ -255,7 +257,7 @@ def encoded(values_RK: Tensor, noise_RK: Tensor, num_codes: int, octaves: float)
     codes_RK = lower_RK.add_(odds_RK > noise_RK * _UNIT).clamp_(max=num_codes)
     if num_codes == 127:
         return codes_RK.copysign_(values_RK).to(torch.int8), scale_RB
-    return codes_RK.to(torch.uint8), scale_RB
+    return codes_RK.clamp_(min=values_RK.sign()).to(torch.uint8), scale_RB
 
 
 def decoded(codes_RK: Tensor, scale_RB: Tensor, num_codes: int, octaves: float) -> Tensor:

@@ -2,15 +2,17 @@
 
 import json
 import re
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from preceptor.data.examples import ADVICE, CODES, READING, Conversation, Rejection
+from preceptor.data.examples import ADVICE, CODES, READING, TRAIN_KEYS, Conversation, Rejection
 from preceptor.data.formats.rows import UNREAD_COLUMNS, read_row
 from preceptor.data.formats.values import Struct
 from preceptor.data.sources import OpenSource
-from preceptor.errors import DataError
+from preceptor.errors import DataError, short
 
 CASES = Path(__file__).parents[4] / "shared" / "cases"
 HOSTILE = sorted([*CASES.glob("row_*.jsonl"), *CASES.glob("data/*.jsonl"), CASES / "dupkeys.jsonl"])
@@ -117,11 +119,54 @@ def test_flags_of_other_trainers_say_what_is_trained_and_no_template_sees_them(k
     assert found.messages[1].train
 
 
-@pytest.mark.parametrize("value", [True, 1, 1.0, "train", 2.3])
+@pytest.mark.parametrize("value", [True, 1, 1.0, "train", 2.3, "2.3", "1", "1.0", "true", "True", "yes", "", " "])
 def test_a_flag_of_an_example_that_changes_nothing_is_passed_over(value, tmp_path):
-    key = "loss" if value == 2.3 else "train"
+    key = "loss" if value in (2.3, "2.3") else "train"
     (found,) = read(json.dumps({"messages": [USER, ANSWER], key: value}), tmp_path=tmp_path)
     assert isinstance(found, Conversation)
+
+
+@pytest.mark.parametrize("key", [*TRAIN_KEYS, "weight"])
+@pytest.mark.parametrize("cell", ["0", "0.0", " 0 ", "false", "False", "no", "[0]", Decimal(0), False, 0])
+def test_a_flag_of_an_example_that_changes_something_is_rejected_as_text_too(key, cell):
+    """Every cell of a CSV file is text."""
+    found = read_row({"question": "q", "answer": "a", key: cell}, "x:1")[1]
+    assert isinstance(found, Rejection) and (found.code, f"has {key}: " in found.message) == ("unread_column", True)
+
+
+@pytest.mark.parametrize("weight", ["0.5", "2", "nan", "inf", 0.5, Decimal("0.5")])
+def test_a_weight_of_an_example_is_rejected_as_text_too(weight):
+    assert read_row({"question": "q", "answer": "a", "weight": weight}, "x:1")[1].code == "unread_column"
+
+
+@pytest.mark.parametrize("key", UNREAD_COLUMNS)
+def test_a_false_that_asks_for_something_is_rejected(key):
+    """`images: false` says that there are none; `enable_thinking: false` that thinking is off."""
+    found = [read_row({"messages": [USER, ANSWER], key: value}, "x:1")[1] for value in (False, 0, "", None, [])]
+    asks = [isinstance(each, Rejection) for each in found]
+    assert asks == [key == "enable_thinking"] * 2 + [False] * 3
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 2), Decimal("1.5"), b"x", {1}])
+@pytest.mark.parametrize("where", ["messages[2].content.a[0]", "messages[1].tool_calls[0].function.arguments.a[0]",
+    "tools[0].a[0]", "chat_template_kwargs.a[0]"])  # fmt: skip
+def test_a_value_that_json_cannot_spell_rejects_its_row_where_it_is_read(value, where):
+    def row(**of):
+        held = {key: {"a": [each]} for key, each in of.items()}
+        call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": held.get("arguments", {})}}
+        messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": held.get("content", {})}, ANSWER]  # fmt: skip
+        kwargs = held.get("chat_template_kwargs", {})
+        return {"messages": messages, "tools": [held.get("tools[0]", {})], "chat_template_kwargs": kwargs}
+
+    key = where.removesuffix(".a[0]").rpartition("." if where.startswith("messages") else "\0")[2]
+    found = read_row(row(**{key: value}), "x:1")[1]
+    assert isinstance(found, Rejection) and found.code == "unreadable"
+    assert found.message.startswith(f"{where} is ") and f"JSON has no {type(value).__name__}" in found.message
+    if not isinstance(value, set):
+        found = read_row(row(**{key: {value: 1}}), "x:1")[1]
+        assert found.message.startswith(f"a key of {where} is {short(value)}, and JSON has no"), found
+    assert isinstance(read_row(row(**{key: 1.5}) | {"beside": value}, "x:1")[1], Conversation), "what is not read"
 
 
 def test_columns_read_an_example_without_what_is_not_read(tmp_path):

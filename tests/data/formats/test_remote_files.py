@@ -4,13 +4,15 @@ import bz2
 import gzip
 import http.server
 import json
+import os
 import threading
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.registry import known_implementations
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry, known_implementations
 
 from preceptor.config import Source
 from preceptor.data.formats.tables import find_tables
@@ -107,11 +109,66 @@ def test_what_changes_is_known_by_what_the_server_says(memory, server, tmp_path)
     assert all(old != new for old, new in zip(first, identities(), strict=True))
 
 
+def test_two_urls_have_two_identities(server, memory, tmp_path):
+    """Whatever the server says: shards of one length that were written within one second are alike to it."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(LINE.encode())
+        os.utime(tmp_path / name, (0, 0))
+    tables = [OpenSource(f"{server[0]}/{name}.jsonl").tables[0] for name in "ab"]
+    first, second = (table.identity(lambda path: "") for table in tables)
+    assert None not in (first, second) and first != second
+
+
+@pytest.mark.parametrize("folder", ["alias://{}", "alias://{}/", "one://{}"])
+def test_the_files_of_a_folder_whose_protocol_has_several_names(folder, tmp_path, monkeypatch):
+    """fsspec names the files it finds by the first of them: az:// finds abfs://, s3a:// s3://, gcs:// gs://."""
+
+    class Aliased(LocalFileSystem):
+        protocol = ("one", "alias")
+
+    for name in Aliased.protocol:
+        monkeypatch.setitem(_registry, name, Aliased)
+    for name in ("train.jsonl", "test.jsonl", "deep/train-1.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINE)
+    url = folder.format(tmp_path)
+    found = [table.name for table in find_tables(Source(path=url, split="train"))]
+    assert [name.removeprefix(f"one://{tmp_path}/") for name in found] == ["deep/train-1.jsonl", "train.jsonl"]
+    with pytest.raises(DataError, match="of the splits test, train"):
+        find_tables(Source(path=url))
+    assert len(texts(url, split="train")) == 2
+
+
 def test_a_content_that_ends_early_is_an_error(server, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINE.encode() * 3)
     server[1].cut = True
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read: the server sent 10 bytes less than it said"):
         texts(f"{server[0]}/a.jsonl")
+
+
+def test_what_breaks_off_in_pieces_is_an_error(server, tmp_path, monkeypatch):
+    """Without a length the server sends pieces, each of a length of its own; http.client's errors are no OSError."""
+
+    def do_GET(handler):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"fff\r\n" + CONTENTS[handler.path[1:]][:-5])
+        handler.close_connection = True
+
+    monkeypatch.setattr(server[1], "do_GET", do_GET)
+    monkeypatch.setattr(server[1], "protocol_version", "HTTP/1.1")
+    for name in CONTENTS:
+        with pytest.raises(DataError, match=rf"{name}: cannot be read: .*IncompleteRead"):
+            list(OpenSource(f"{server[0]}/{name}").examples())
+
+
+def test_a_url_that_is_none_is_an_error(server):
+    opened = OpenSource(f"{server[0]}/a b.jsonl")
+    with pytest.raises(DataError, match=r"a b\.jsonl: cannot be read: URL can't contain control characters"):
+        list(opened.examples())
+    with pytest.raises(DataError, match=r"a b\.jsonl: cannot be read: URL can't contain control characters"):
+        opened.tables[0].identity(lambda path: "")
 
 
 def test_what_is_missing_is_named(server):

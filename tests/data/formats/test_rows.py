@@ -1,12 +1,16 @@
 """Rows in every format -> the messages that they mean, or a rejection with its reason."""
 
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 
 from preceptor.config import ROW_KEYS, Source
+from preceptor.config.held import LiveSource
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats.rows import PAIRS, format_of, has_format, read_row
+from preceptor.data.formats.tables import RecordList
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
 
@@ -59,6 +63,9 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}
         ({"prompt": "a", "response": "b"}, said("a", "b"), "prompt and response"),
         ({"prompt": [USER, ANSWER, USER], "response": "b"}, [USER, ANSWER, USER, {**ANSWER, "content": "b"}], None),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER], "prompt and completion as messages"),
+        ({"prompt": json.dumps([USER]), "response": "b"}, [USER, {**ANSWER, "content": "b"}], None),
+        ({"prompt": json.dumps([USER]), "response": json.dumps([ANSWER])}, [USER, ANSWER], None),
+        ({"prompt": json.dumps(SHAREGPT[:1]), "response": json.dumps(SHAREGPT[1:])}, [USER, ANSWER], None),
     ],
 )
 def test_a_conversation_in_every_format(row, expected, name):
@@ -73,6 +80,24 @@ def test_reasoning_in_parts_is_one_text(field):
     asked, answer = to_example({"messages": [USER, {**ANSWER, field: parts}]}, "x:1").messages
     assert answer.given == {**ANSWER, field: "Recall it."} and answer.reasoning_content == "Recall it."
     assert asked.reasoning_content == "" and not messages({"messages": [USER, {**ANSWER, field: []}]})[1][field]
+
+
+@pytest.mark.parametrize("form", [[USER], json.dumps([USER]), " " + json.dumps(SHAREGPT[:1], indent=1)])
+@pytest.mark.parametrize("answer", [[ANSWER], json.dumps([ANSWER]), json.dumps(SHAREGPT[1:])])
+def test_prompt_and_completion_may_be_messages_as_json(form, answer):
+    found = to_example({"prompt": form, "completion": answer}, "x:1")
+    assert [dict(message.given) for message in found.messages] == [USER, ANSWER]
+    assert [message.train for message in found.messages] == [False, True]
+    assert format_of({"prompt": form, "completion": answer}) == "prompt and completion as messages"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1, 2]", "[]", '{"role": "user"}', '[{"a": 1}]', '[{"role": "user"', "[NaN]", '[{"a": 1, "a": 2}]', "[[]]"],
+)
+def test_a_prompt_that_looks_like_json_and_is_no_messages_is_text(text):
+    assert to_example({"prompt": text, "completion": text}, "x:1") == Completion("x:1", text, text)
+    assert messages({"prompt": text, "response": text}) == said(text, text)
 
 
 def test_what_is_no_conversation():
@@ -158,6 +183,13 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ({"prompt": "a", "completion": "b", "input": "c"}, "unread_column", "'input'"),
         ({"prompt": "a", "completion": "b", "system": "c"}, "needs_template", "system would be lost"),
         ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "needs_template", "tools would be lost"),
+        (
+            {"prompt": json.dumps([USER]), "completion": "b"},
+            "bad_prompt_completion",
+            "prompt is list and completion str",
+        ),
+        ({"prompt": "a", "completion": json.dumps([ANSWER])}, "bad_prompt_completion", "prompt is str and completion"),
+        ({"prompt": "a", "response": json.dumps([ANSWER])}, "bad_prompt_completion", "prompt is str and response list"),
         ({"question": "a", "answer": 3}, "not_text", "answer is 3"),
         ({"question": "a", "answer": " "}, "empty_answer", "answer is empty"),
         ({"instruction": " ", "input": "", "output": "b"}, "empty_prompt", "instruction is empty"),
@@ -243,6 +275,37 @@ def test_a_column_that_is_not_there_is_rejected_with_the_nearest(tmp_path):
         )
     with pytest.raises(ConfigError, match="`columns` names prompt, which make no format"):
         list(OpenSource(Source(path=path, columns={"prompt": "frage"})).examples())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "memory"])
+def test_a_column_that_a_format_can_lack_may_occur_late(tmp_path, kind):
+    """The file is looked through before it is refused."""
+
+    def opened(rows, columns):
+        if kind == "memory":
+            return OpenSource(LiveSource(path="memory:a", table=RecordList(rows, "memory:a"), columns=columns))
+        text = json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        content = gzip.compress(text.encode()) if kind.endswith("gz") else text.encode()
+        (tmp_path / f"a.{kind}").write_bytes(content)
+        return OpenSource(Source(path=str(tmp_path / f"a.{kind}"), columns=columns))
+
+    rows = [{"m": [USER, ANSWER]} for _ in range(150)]
+    with_tools = [*rows, {"m": [USER, ANSWER], "t": [TOOL]}]
+    for each in (opened(with_tools, {"messages": "m", "tools": "t"}),) * 2:
+        assert [found.tools for found in each.examples()] == [None] * 150 + [[TOOL]]
+    with pytest.raises(DataError, match="has no column 't', which `columns` names"):
+        list(opened(rows, {"messages": "m", "tools": "t"}).examples())
+    late = [*rows, {"q": "a", "a": "b"}]
+    with pytest.raises(DataError, match="has no column 'q'"):
+        list(opened(late, {"prompt": "q", "response": "a"}).examples())
+
+
+def test_a_column_that_a_format_needs_is_missed_at_once(tmp_path):
+    """Nothing is read beyond the first examples."""
+    path = write(tmp_path, [{"m": [USER, ANSWER]} for _ in range(150)])
+    Path(path).write_text(Path(path).read_text() + "broken")
+    with pytest.raises(DataError, match="has no column 'n'"):
+        list(OpenSource(Source(path=path, columns={"messages": "n", "tools": "m"})).examples())
 
 
 def test_the_format_of_each_row_is_named(tmp_path):

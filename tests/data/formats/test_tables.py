@@ -1,15 +1,18 @@
 """What a path names: files, folders, splits, data sets; and what a key of the run file cannot go with."""
 
+import copy
 import json
 import subprocess
 import sys
+from datetime import date
+from enum import StrEnum
 
 import pytest
 
 from preceptor.config import Source
 from preceptor.config.held import LiveSource
 from preceptor.data.formats import arrow
-from preceptor.data.formats.tables import HuggingFaceDataset, find_tables
+from preceptor.data.formats.tables import HuggingFaceDataset, RecordList, find_tables
 from preceptor.data.sources import OpenSource, read_rows, require_streamable
 from preceptor.errors import ConfigError, DataError
 
@@ -72,6 +75,37 @@ def test_a_folder_with_one_split_needs_no_name_for_it(make):
         "train-1.jsonl",
         "train-2.jsonl",
     ]
+
+
+@pytest.mark.parametrize("name", ["test", "test-1", "heldout", "validation/x"])
+def test_a_test_set_beside_files_that_are_named_for_no_split_is_not_trained_unseen(make, name):
+    folder = make("data.jsonl", f"{name}.jsonl")
+    with pytest.raises(DataError, match=r"of the split \w+, others, such as data\.jsonl, are named for none; name"):
+        texts(folder)
+    assert texts(folder, split="data") == ["data.jsonl"]
+    assert texts(folder / "data.jsonl") == texts(f"{folder}/da*.jsonl") == ["data.jsonl"]
+
+
+def test_a_folder_of_a_test_set_alone_is_read(make):
+    assert texts(make("test-1.jsonl", "test-2.jsonl")) == ["test-1.jsonl", "test-2.jsonl"]
+
+
+def test_records_in_memory_that_are_read_otherwise_have_another_identity():
+    """Else what was made of the one, a rejection too, is found for the other."""
+
+    class Word(StrEnum):
+        USER = "user"
+
+    user, answer = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."})
+    values = [[user, answer], (user, answer), [user | {"role": Word.USER}, answer], [{1: user}], [{"1": user}]]
+    values += [1, 1.0, True, "1", b"1", "\ud800", date(2026, 1, 2), "datetime.date(2026, 1, 2)"]
+
+    def identity(value):
+        return RecordList([{"messages": value}], "memory:a").identity(lambda path: "")
+
+    found = [identity(value) for value in values]
+    assert found == [identity(value) for value in copy.deepcopy(values)]
+    assert len({str(each) for each in found}) == len(values)
 
 
 def test_saved_data_sets_and_their_splits(tmp_path, datasets):

@@ -14,6 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
@@ -62,24 +63,25 @@ class RemoteFile:
         """Raises OSError."""
         if not self._is_http:
             return self.open()
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-        with self.open() as content:
+        with ExitStack() as stack, self.open() as content:
+            copy = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(content, copy, 1 << 20)
-        copy.seek(0)
+            copy.seek(0)
+            stack.pop_all()  # the caller closes it
         return cast(IO[bytes], copy)
 
     def identity(self) -> list[str] | None:
-        """What the server says changes with the content; None where it says nothing. Raises DataError."""
+        """The URL, and what the server says changes with the content; None where it says nothing. Raises DataError."""
         try:
             if not self._is_http:
-                return ["remote", str(_asked(self.url, lambda: _system(self.url).ukey(self.url)))]
+                return ["remote", self.url, str(_asked(self.url, lambda: _system(self.url).ukey(self.url)))]
             with _requested(self.url, "HEAD") as response:
                 about = [response.headers.get(name) for name in ("ETag", "Last-Modified", "Content-Length")]
         except urllib.error.HTTPError:  # a server that answers no HEAD
             return None
         except OSError as error:
             raise DataError(f"{self.url}: cannot be read: {first_line(error)}") from None
-        return ["http", *map(str, about)] if any(about[:2]) else None
+        return ["http", self.url, *map(str, about)] if any(about[:2]) else None
 
 
 def find_remote(path: str) -> list[RemoteFile]:
@@ -105,6 +107,12 @@ def find_remote(path: str) -> list[RemoteFile]:
     return [RemoteFile(name if protocol_of(name) else str(system.unstrip_protocol(name))) for name in found]
 
 
+def as_found(path: str) -> str:
+    """A folder's URL as those of its files begin: fsspec writes the first name of a protocol that has several."""
+    system = _system(path)
+    return str(system.unstrip_protocol(system._strip_protocol(path)))
+
+
 def _system(url: str) -> Any:
     """The file system of a URL. Raises DataError where none is known, or its package is missing."""
     import fsspec
@@ -123,7 +131,7 @@ def _system(url: str) -> Any:
 
 
 def _asked(url: str, ask: Callable[[], Any]) -> Any:
-    """The answer of a file system. Whatever its library raises becomes an OSError."""
+    """The answer of a file system or server. Whatever its library raises becomes an OSError."""
     try:
         return ask()
     except (OSError, DataError):
@@ -134,14 +142,14 @@ def _asked(url: str, ask: Callable[[], Any]) -> Any:
 
 def _requested(url: str, method: str = "GET") -> Any:
     request = urllib.request.Request(url, method=method, headers={"User-Agent": "preceptor"})
-    return urllib.request.urlopen(request, timeout=_SECONDS)
+    return _asked(url, lambda: urllib.request.urlopen(request, timeout=_SECONDS))
 
 
 class _HttpStream(io.RawIOBase):
     """The content of a URL, in order. Raises OSError where the server ends before the end."""
 
     def __init__(self, url: str) -> None:
-        self._response = _requested(url)
+        self._url, self._response = url, _requested(url)
         length = self._response.headers.get("Content-Length")
         self._left = None if length is None else int(length)
 
@@ -149,7 +157,8 @@ class _HttpStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content: bytes = self._response.read1(len(buffer))  # what is there: a server may send slowly, without an end
+        # What is there: a server may send slowly, without an end.
+        content: bytes = _asked(self._url, lambda: self._response.read1(len(buffer)))
         buffer[: len(content)] = content
         if self._left is not None:
             self._left -= len(content)

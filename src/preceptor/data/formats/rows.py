@@ -16,6 +16,7 @@ rejected: `columns` in the run file says what is meant. So is one with images, a
 is in UNREAD_COLUMNS. All other keys are ignored.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from preceptor.data.examples import (
     Message,
     Rejection,
     read_message,
+    require_json,
     trainable_turns,
 )
 from preceptor.data.formats.values import (
@@ -45,6 +47,7 @@ from preceptor.data.formats.values import (
     of_plain_data,
     of_schema,
     parsed,
+    spelled,
     text_in,
     unpad,
 )
@@ -88,7 +91,7 @@ def format_of(row: RawRecord) -> str:
     if pair is not None:
         if pair == PAIRS[1]:
             return f"Alpaca: instruction, {'input and ' * ('input' in row)}output"
-        as_messages = pair == PAIRS[0] and not isinstance(row["prompt"], str)
+        as_messages = pair == PAIRS[0] and not isinstance(_read_messages(row["prompt"]), str)
         return " and ".join(pair) + " as messages" * as_messages
     return "text" if "text" in keys else UNKNOWN
 
@@ -104,14 +107,15 @@ def has_format(keys: Sequence[str]) -> bool:
 def _check_columns(row: RawRecord) -> None:
     """Raises Unreadable for a key without which the example would say something else than the file does."""
     for key, instead in UNREAD_COLUMNS.items():
-        if row.get(key):
+        value = row.get(key)
+        if value or (key == "enable_thinking" and value == 0):  # which asks for something too
             raise Unreadable(
                 "unread_column", f"the example has {key!r}, which is not read: {instead}{_TO_READ_WITHOUT}"
             )
     for key in (*TRAIN_KEYS, "weight", "train_detail"):
-        value = row.get(key)
+        value = spelled(row.get(key))
         changes = value != 1 if key == "weight" else value == 0  # asks for more than to train the example as it is
-        if isinstance(value, list | dict) or (isinstance(value, bool | int | float) and changes):
+        if isinstance(value, list | dict) or (changes and value is not None and not isinstance(value, str)):
             raise Unreadable(
                 "unread_column",
                 f"the example has {key}: {short(value)}, which is not read here: give it to the messages that it is "
@@ -194,6 +198,18 @@ def _message_list(value: Any, key: str) -> list[Any]:
     return value
 
 
+def _read_messages(value: Any) -> Any:
+    """Of a string of JSON that is messages, the messages; anything else, also what only looks like JSON, as it is."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_messages = found and all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in found)
+    return parsed(value) if is_messages else value
+
+
 def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
     system = row["system"]
     if not isinstance(system, str):
@@ -211,6 +227,7 @@ def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
     if isinstance(tools, list):
         tools = [parsed(tool) for tool in tools]
         if all(isinstance(tool, dict) for tool in tools):
+            require_json(tools, "tools")
             return [unpad(tool, of_schema, nulls, f"tools[{k}]") for k, tool in enumerate(tools)]
     raise Unreadable("bad_tools", f"tools is {short(tools)}; it must be a list of JSON schemas, or that list as JSON")
 
@@ -219,6 +236,7 @@ def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
     kwargs = parsed(row["chat_template_kwargs"])
     if not isinstance(kwargs, dict):
         raise Unreadable("bad_template_kwargs", f"chat_template_kwargs is {short(kwargs)}; it must be an object")
+    require_json(kwargs, "chat_template_kwargs")
     if not are_documents(kwargs.get("documents")):
         where = "chat_template_kwargs.documents"
         raise Unreadable(
@@ -229,7 +247,7 @@ def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
 
 
 def _prompt_completion(row: RawRecord, source: str, nulls: Nulls) -> Example:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = _read_messages(row["prompt"]), _read_messages(row["completion"])
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise Unreadable("empty_answer", "completion is empty")
@@ -242,12 +260,13 @@ def _prompt_completion(row: RawRecord, source: str, nulls: Nulls) -> Example:
                 )
         return Completion(source, prompt, completion)
     if not (isinstance(prompt, list) and isinstance(completion, list)):
-        raise Unreadable(
-            "bad_prompt_completion",
-            f"prompt is {type(prompt).__name__} and completion {type(completion).__name__}; "
-            "both must be strings or both lists of messages",
-        )
+        raise _one_of_two(prompt, "completion", completion)
     return _conversation(row, source, nulls, (("prompt", prompt, False), ("completion", completion, True)))
+
+
+def _one_of_two(prompt: Any, key: str, answer: Any) -> Unreadable:
+    found = f"prompt is {type(prompt).__name__} and {key} {type(answer).__name__}"
+    return Unreadable("bad_prompt_completion", f"{found}; both must be strings or both lists of messages")
 
 
 PAIRS = (
@@ -293,10 +312,16 @@ def pair_messages(row: RawRecord, pair: tuple[str, str]) -> list[dict[str, Any]]
     """A prompt and its answer as messages.
 
     Alpaca's `input`, where it is not blank, follows the instruction after a blank line; `history` is a list of earlier
-    [instruction, answer] pairs, trained like the last. Raises Unreadable for what is no text.
+    [instruction, answer] pairs, trained like the last. A `prompt`, or it and its `response`, may be messages. Raises
+    Unreadable for what is no text.
     """
-    if pair[0] == "prompt" and isinstance(row["prompt"], list):
-        return [*row["prompt"], {"role": "assistant", "content": text_in(row, "response")}]
+    if pair[0] == "prompt":
+        prompt, said = _read_messages(row["prompt"]), _read_messages(row["response"])
+        if isinstance(prompt, list):
+            said = said if isinstance(said, list) else [{"role": "assistant", "content": text_in(row, "response")}]
+            return [*(_message_list(prompt, "prompt") if prompt else []), *_message_list(said, "response")]
+        if isinstance(said, list):
+            raise _one_of_two(prompt, "response", said)
     exchanges, question = [], text_in(row, pair[0])
     if pair[0] == "instruction":
         exchanges = _history(row.get("history"))

@@ -9,13 +9,13 @@
     owner/name         a data set of the Hugging Face Hub, where no file or folder has that name
 
 `split` chooses in a folder (train-00000-of-00002.parquet, train.jsonl, train/...), and must where the names of the
-files tell of several splits, so that no test set is trained on unseen.
+files tell of several splits, or of one that is not for training beside files of none, so that no test set is trained on
+unseen.
 """
 
 import difflib
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from typing import Any
 from preceptor.config import Source
 from preceptor.config.held import LiveSource
 from preceptor.data.formats import arrow, text_files
-from preceptor.data.formats.remote_files import RemoteFile, find_remote, protocol_of
+from preceptor.data.formats.remote_files import RemoteFile, as_found, find_remote, protocol_of
 from preceptor.data.formats.values import Columns, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import MEMORY
@@ -65,7 +65,7 @@ class RecordList:
 def _sha256_of(values: Iterable[Any]) -> str:
     found = hashlib.sha256()
     for value in values:
-        found.update(json.dumps(value, default=repr).encode() + b"\n")
+        found.update(repr(value).encode(errors="surrogatepass") + b"\n")  # to JSON a tuple is a list
     return found.hexdigest()
 
 
@@ -74,7 +74,8 @@ PACKAGED = "scholar:"
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
 _UNREAD_PACKINGS = (".zip", ".lz4", ".br", ".7z", ".z", ".zstd", ".tar", ".tgz")
-_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
+_TRAIN_SPLITS = ("train", "training")
+_SPLITS = (*_TRAIN_SPLITS, "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +232,7 @@ def _remote(source: Source) -> list[DataTable]:
     is_pattern = re.search(r"[*?\[]", source.path) is not None
     _only_keys(source, () if is_pattern else ("split",), "a pattern" if is_pattern else "a folder")
     data = {Path(file.url): file for file in files if _is_data(Path(file.url))}
-    folder = Path(source.path)
-    chosen = list(data) if is_pattern and data else _of_split(source, list(data), folder)
+    chosen = list(data) if is_pattern and data else _of_split(source, list(data), Path(as_found(source.path)))
     return [_file(data[path], data[path].url) for path in chosen]
 
 
@@ -289,10 +289,18 @@ def _of_split(source: Source, files: list[Path], folder: Path) -> list[Path]:
         if not chosen:
             names = ", ".join(str(path.relative_to(folder)) for path in files[:5])
             raise DataError(f"{source.path}: no file of the folder is named for split {source.split!r}; it has {names}")
-        files = chosen
-    elif len(found := sorted({split for path in files if (split := _split_of(path.relative_to(folder)))})) > 1:
+        return chosen
+    splits = {path: _split_of(path.relative_to(folder)) for path in files}
+    found = sorted({split for split in splits.values() if split is not None})
+    if len(found) > 1:
         raise DataError(
             f"{source.path}: the folder's files are of the splits {', '.join(found)}; name one with `split`"
+        )
+    of_none = next((path for path, split in splits.items() if split is None), None)
+    if found and of_none is not None and found[0] not in _TRAIN_SPLITS:
+        raise DataError(
+            f"{source.path}: some of the folder's files are of the split {found[0]}, others, such as "
+            f"{of_none.relative_to(folder)}, are named for none; name the split with `split`, or the files to read"
         )
     return files
 

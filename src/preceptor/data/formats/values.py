@@ -19,6 +19,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from preceptor.data.examples import Unreadable as Unreadable
@@ -112,6 +113,17 @@ def parsed(value: Any) -> Any:
         except (json.JSONDecodeError, RecursionError):
             return value
         check_values(value, "")
+    return value
+
+
+def spelled(value: Any) -> Any:
+    """The value that a text spells, as the cells of a CSV file do: a list, an object, a number, no; else as it is."""
+    value = parsed(value)
+    if isinstance(value, str):
+        if value.strip().lower() in ("false", "no"):
+            return False
+        with suppress(ValueError):
+            return float(value)
     return value
 
 

@@ -79,6 +79,7 @@ def add_adapter(
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         # what peft sets by itself for experts of two fused halves, and then finds no layer for
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # and sets it
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config, revision=revision)

@@ -106,7 +106,8 @@ def _weight(layer: Any) -> Tensor:
     """The adapted matrix of each expert (experts, outputs, inputs) in float32; of a linear layer one."""
     weight = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
     if weight.dim() == 2:
-        return weight.float()[None]
+        turned = getattr(layer, "fan_in_fan_out", False)  # Conv1D of transformers: (inputs, outputs)
+        return (weight.T if turned else weight).float()[None]
     return weight.float() if layer._did_swap_in_out_features else weight.float().transpose(1, 2)
 
 

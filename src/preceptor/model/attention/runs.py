@@ -123,7 +123,14 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # of configs, by their authors
+def attention_dropout(config: Any) -> tuple[str, float] | None:
+    """The key and rate of dropout of attention's weights in a model's config; None: it has none.
+
+    What runs here has none, as the fused kernels of packed sequences: the rate is told, and not applied.
+    """
+    keys = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # by their authors
+    rates = {key: getattr(config, key, None) or 0.0 for key in keys}
+    return next(((key, rate) for key, rate in rates.items() if rate > 0), None)
 
 
 def forest_attention_forward(
@@ -143,7 +150,7 @@ def forest_attention_forward(
 ) -> tuple[Tensor, None]:
     """The function in transformers' AttentionInterface. Raises ModelError for what it cannot honour, by name.
 
-    Raises KeysRecorded where the layout asks for keys and values only.
+    dropout: not applied, see `attention_dropout`. Raises KeysRecorded where the layout asks for keys and values only.
     """
     layer = type(module).__name__
     if forest is None:
@@ -151,17 +158,12 @@ def forest_attention_forward(
             f"{layer} calls attention without the sequence's layout: the model drops keyword arguments on the way to "
             f"its layers, so conversations cannot be kept apart in one sequence. Use a model whose layers pass them on."
         )
-    asked = {**kwargs, "attention_mask": attention_mask, "dropout": dropout or None}
+    asked = {**kwargs, "attention_mask": attention_mask}
     asked["is_causal"] = is_causal is False or not getattr(module, "is_causal", True)
     asked = {name: setting for name, setting in asked.items() if setting is not None and setting is not False}
     unknown = sorted(asked.keys() - _WITHOUT_EFFECT)
     if unknown:
-        config = getattr(module, "config", None)
-        setting = next((name for name in _DROPOUT_KEYS if getattr(config, name, None)), _DROPOUT_KEYS[0])
-        advice = f" Set {setting} to 0 in the model's config.json." if "dropout" in unknown else ""
-        raise ModelError(
-            f"{layer} asks attention for {', '.join(unknown)}, which no sequence layout can honour.{advice}"
-        )
+        raise ModelError(f"{layer} asks attention for {', '.join(unknown)}, which no sequence layout can honour.")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     if forest.dense:
