@@ -135,14 +135,13 @@ def read_message(raw: object, where: str) -> Message:
     train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise Unreadable("bad_message", f"{where}.weight is {short(weight)}; it must be a number of at least 0")
-    if train is False:
-        weight = 0
+    own_weight = 0.0 if train is False else float(weight)
     given = {key: value for key, value in raw.items() if key not in (*TRAIN_KEYS, "weight")}
     for key in REASONING_FIELDS:
         if isinstance(given.get(key), list):
             given[key] = "".join(part["text"] for part in given[key])
     if role == "assistant":
-        message = Message(given, train=weight > 0, weight=float(weight))
+        message = Message(given, train=own_weight > 0, weight=own_weight)
         if not (message.content.strip() or message.tool_calls):
             raise Unreadable("empty_answer", f"{where} is an assistant message with neither content nor tool_calls")
         return message
@@ -152,7 +151,7 @@ def read_message(raw: object, where: str) -> Message:
             f"{where} is to be trained and its role is {role}, but only assistant messages are; remove the key that "
             "says so (data.train_on: all trains every message)",
         )
-    return Message(given, train=False, weight=float(weight))
+    return Message(given, train=False, weight=own_weight)
 
 
 def _check_fields(raw: Mapping[str, Any], where: str) -> None:
