@@ -5,6 +5,8 @@ import torch
 
 from conftest import conversations
 from preceptor import collate, load_chat_format
+from preceptor.chat.render import Renderer
+from preceptor.data.examples import ADVICE, CODES, Rejection
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.model.forward import Engine
@@ -106,6 +108,18 @@ def test_what_cannot_be_proved_is_an_error_that_says_why(chat):
         collate([rendered], max_length=4)
     with pytest.raises(DataError, match="no conversations"):
         collate([])
+
+
+def test_each_reason_is_told_once(chat, monkeypatch):
+    user, unfinished = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nx\n</think>"}
+    with pytest.raises(DataError, match=r"^empty_answer: messages\[1\]\.content ends with </think>: add an answer"):
+        chat.render([user, unfinished])
+    for code in sorted(CODES):
+        said = f"{code} here: {ADVICE[code]}" if code in ADVICE else f"{code} here"
+        monkeypatch.setattr(Renderer, "render", lambda *_, code=code, said=said: Rejection("messages", code, said))
+        with pytest.raises(DataError) as error:
+            chat.render([user, {"role": "assistant", "content": "Hello"}])
+        assert str(error.value) == f"{code}: {said}"
 
 
 def test_a_model_that_is_not_there_and_an_argument_that_is_wrong(base_folder):

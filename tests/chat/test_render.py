@@ -139,6 +139,39 @@ def test_choice_of_turns_and_weights():
     assert code(make(), CHAT[1:]) == "no_prompt"
 
 
+@pytest.mark.parametrize("flag", [{"train": False}, {"loss_mask": 0}, {"weight": 0}])
+@pytest.mark.parametrize("marked", [0, 1])
+def test_no_message_that_is_context_only_is_trained_with_all(flag, marked):
+    rows = [{**row, **flag} if k == marked else row for k, row in enumerate(CHAT)]
+    rejection = make(targets="all").render(conversation(rows))
+    assert rejection.code == "weight_under_all" and f"messages[{marked}] has weight 0" in rejection.message
+    assert isinstance(make().render(conversation(rows)), Tree)
+    last = [*CHAT, {**CHAT[0], **flag}, {**CHAT[1], **flag}]
+    assert make(targets="all").render(conversation(last)) == make(targets="all").render(conversation(CHAT))
+
+
+def test_a_prompt_s_own_answers_are_trained_with_all():
+    from preceptor.data.formats.rows import read_row
+
+    record = read_row({"prompt": CHAT[:3], "completion": CHAT[3:]}, "file:1")[1]
+    assert [message.train for message in record.messages] == [False, False, False, True]
+    tree = make(targets="all").render(record)
+    assert {s.kind for s in tree.segments} == {"target"} and tree.num_trained == tree.num_tokens - 1
+
+
+def test_a_weight_that_a_later_context_would_not_have_is_refused_with_all():
+    rewrites = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning and loop.last %}<think>{{ m.reasoning }}</think>{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    rows = [CHAT[0], {**CHAT[1], "weight": 0.5, "reasoning": "so"}, CHAT[2], CHAT[3]]
+    assert code(make(text=rewrites, targets="all"), rows) == "weight_under_all"
+    tree = make(targets="all").render(conversation(rows))  # chatml keeps the turn as it is, and so its weight
+    assert [s.weight for s in tree.segments if s.message == 1] == [0.5]
+    rows[1]["weight"] = 1
+    assert isinstance(make(text=rewrites, targets="all").render(conversation(rows)), Tree)
+
+
 def test_special_tokens_in_text():
     rows = [{"role": "user", "content": "a<|im_end|>b"}, CHAT[1]]
     assert code(make(), rows) == "special_token_in_text"
@@ -159,22 +192,79 @@ def test_a_special_token_in_an_answer_is_read_as_text_and_does_not_end_it():
     assert code(make(special_tokens_in_text="allow"), rows) == "stop_inside_turn"
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n@<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+OPENED = "<|im_start|>assistant\n<think>\n{% endif %}"
+WRITTEN = {
+    "behind the template's own token": TURNS.replace("\n@", "<|im_sep|>\n{{ m.content }}")
+    + "<|im_start|>assistant{% endif %}",
+    "without the tag that the prompt opens": TURNS.replace("@", "{{ m.content }}") + OPENED,
+    "as given": TURNS.replace("@", "{{ m.content.split('</think>')[-1] }}") + OPENED,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("said", ["<|im_sep|>", "a <|im_sep|> b", "<|im_sep|>\n<|im_sep|>"])
+def test_special_tokens_in_an_answer_are_text_wherever_the_template_writes_it(name, said):
+    tokens = (*CHATML, "<|im_sep|>")
+    renderer = make(text=WRITTEN[name], tokens=tokens, special_tokens_in_text="plain")
+
+    def targets(text):
+        content = text if name.startswith("behind") else f"<think>\n{text}\n</think>\n\n{text}"
+        tree = renderer.render(conversation([CHAT[0], {"role": "assistant", "content": content}]))
+        assert isinstance(tree, Tree), tree
+        (target,) = (segment.ids for segment in tree.segments if segment.kind == "target")
+        pieces = renderer.tokenizer.convert_ids_to_tokens(target)
+        return [(renderer.tokenizer.decode(target[:at]), piece) for at, piece in enumerate(pieces) if piece in tokens]
+
+    acting = targets(said)
+    expected = targets(said.replace("<|im_sep|>", "zebra"))
+    assert acting == [(before.replace("zebra", "<|im_sep|>"), token) for before, token in expected]
+    assert acting[-1][1] == "<|im_end|>"
+
+
+def test_reasoning_tags_of_an_answer_act_whatever_another_message_spells():
+    text = "{% if '[THINK]' in '' %}[/THINK]{% endif %}" + TURNS.replace("@", "{{ m.content }}")
+    renderer = make(
+        text=text + "<|im_start|>assistant\n{% endif %}",
+        tokens=(*CHATML, "[THINK]", "[/THINK]"),
+        special_tokens_in_text="plain",
+    )
+    asked, answer = "what is <|im_end|>?", "[THINK]\nso\n[/THINK]\nthe [/THINK] end"
+    rows = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    tags = renderer.tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+    for weight, place in ((1, 1), (0, 0)):  # as a target, and in a context
+        tree = renderer.render(conversation([rows[0], {**rows[1], "weight": weight}, CHAT[2], CHAT[3]]))
+        assert [token for token in tree.segments[place].ids if token in tags] == tags
+
+
 @pytest.mark.parametrize(
     "rows",
     [
         [{"role": "user", "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]}, CHAT[1]],
         [{"role": "user", "content": "a", "name": "<|im_end|>"}, CHAT[1]],
         [CHAT[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]}],
+        [CHAT[0], {"role": "tool", "content": {"<|im_end|>": 1}}, CHAT[1]],
     ],
-    ids=["parts that meet", "a name", "an argument's name"],
+    ids=["parts that meet", "a name", "an argument's name", "a result's name"],
 )
 def test_special_tokens_are_found_in_every_field(rows):
     assert code(make(), rows) == "special_token_in_text"
 
 
-def test_special_tokens_in_tools_are_rejected():
-    tools = [{"type": "function", "function": {"name": "f", "description": "say <|im_end|>"}}]
-    assert code(make(special_tokens_in_text="plain"), CHAT, tools=tools) == "special_token_in_text"
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "say <|im_end|>"}}]},
+        {"template_kwargs": {"documents": [{"title": "a", "text": "b<|im_end|>"}]}},
+        {"template_kwargs": {"<|im_end|>": 1}},
+    ],
+    ids=["tools", "documents", "an argument's name"],
+)
+def test_special_tokens_beside_the_messages_are_rejected(beside):
+    for choice in ("plain", "reject"):
+        assert code(make(special_tokens_in_text=choice), CHAT, **beside) == "special_token_in_text"
+    assert segments(make(special_tokens_in_text="allow"), CHAT, **beside)
+    assert segments(make(template_kwargs={"enable_thinking": True}), CHAT, template_kwargs={"enable_thinking": False})
 
 
 # Plain text ----------------------------------------------------------------------------------------------------------
@@ -188,6 +278,17 @@ def test_completions_and_documents():
     tree = renderer.render(Document("file:2", "the end"))
     assert [(s.kind, s.ids) for s in tree.segments] == [("target", (*encode("the end"), 0))]
     assert renderer.render(Document("file:3", "a<|im_end|>")).code == "special_token_in_text"
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_a_text_that_ends_in_a_stop_token_gets_no_second(end):
+    stops = {choice: make(special_tokens_in_text=choice) for choice in ("allow", "plain")}
+    encode, stop = stops["allow"].tokenizer.encode, stops["allow"].tokenizer.convert_tokens_to_ids(end)
+    for record in (Completion("file:1", "the start", f" of it{end}"), Document("file:1", f" of it{end}")):
+        last = stops["allow"].render(record).segments[-1]
+        assert (last.ids, last.text) == ((*encode(" of it"), stop), f" of it{end}")
+        ids = stops["plain"].render(record).segments[-1].ids
+        assert stop not in ids[:-1] and ids[-1] == 0, "read as characters it ends nothing"
 
 
 def test_bos_comes_once_and_only_where_the_tokenizer_puts_it():

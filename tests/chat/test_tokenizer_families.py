@@ -6,7 +6,7 @@ import pytest
 import tokenizer_families as tf
 
 from preceptor.chat.render import Renderer
-from preceptor.chat.tokenise import Tokeniser, any_of
+from preceptor.chat.tokenise import Path, Tokeniser, any_of
 from preceptor.data.examples import Completion, Document, Rejection
 from preceptor.data.forest import Tree
 
@@ -64,10 +64,14 @@ def test_special_tokens_of_a_message_are_read_as_text(name):
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     ends = tokenizer.convert_tokens_to_ids("<|end|>")
     runs = [("<|user|>", False), ("a <|end|> b", True), ("<|end|>", False)]
-    ids = Tokeniser(tokenizer).plain(runs, special)
+    tokeniser = Tokeniser(tokenizer)
+    ids = tokeniser.plain(runs, special)
     assert ids.count(ends) == 1 and ids[-1] == ends
     letters = re.sub(r"[^a-z]", "", tf.spelling(tokenizer, list(ids[:-1])).lower())
     assert letters.removeprefix("user") == "aendb"
+    path, next_text = Path(tokeniser), "<|user|>\nWho goes there?<|end|>\n<|assistant|>\n"
+    path.read(next_text)
+    assert path.ids == tf.ids_of(tokenizer, next_text), "what comes next is not read so"
 
 
 @pytest.mark.parametrize("name", [name for name in tf.NAMES if name not in NEVER_PROVED])

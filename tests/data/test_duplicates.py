@@ -54,6 +54,14 @@ def test_the_signature_estimates_the_similarity_without_bias(num_words):
     assert np.std(errors) < 0.0625  # sqrt(1/4 / 64), the most that 64 values can scatter
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_answers_with_other_reasoning_do_not_say_the_same(field):
+    asked = Message({"role": "user", "content": "Hi"})
+    said = [Message({"role": "assistant", "content": "Yes.", field: thought}) for thought in ("a", "b", "a")]
+    first, other, again = (duplicates.digest_of(Conversation("x:1", (asked, answer))) for answer in said)
+    assert first == again != other
+
+
 def test_what_is_surely_near_is_found_and_what_is_surely_not_is_not():
     rng = random.Random(0)
     originals = [text(rng, 200) for _ in range(200)]

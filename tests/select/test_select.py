@@ -244,6 +244,13 @@ def test_weights_and_untrained_turns_survive(write_jsonl):
     assert _read(json.loads(line)) == record
 
 
+def test_a_prompt_s_answers_are_written_as_a_prompt_s():
+    said = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    record = _read({"prompt": said[:3], "completion": [said[3] | {"weight": 0.5}]})
+    line = line_of({"prompt": [{"bytes": b"no JSON"}]}, record, Source(path="x"))
+    assert _read(json.loads(line)) == record
+
+
 def _read(given):
     _, record = read_row(given, "x:1")
     assert not isinstance(record, Rejection), record

@@ -19,7 +19,7 @@ from preceptor import config
 from preceptor.chat import format as chat_format
 from preceptor.chat.render import Renderer
 from preceptor.chat.tokenise import SpecialTokens
-from preceptor.data.examples import ADVICE, Conversation, Rejection, read_messages
+from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import RenderedTurn, Tree, turns_of
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.workers import Targets
@@ -77,7 +77,7 @@ class ConversationRenderer:
             raise DataError(f"{read.code}: {read.message}")
         tree = self._renderer.render(Conversation("messages", read, tools, chat_template_kwargs or {}))
         if isinstance(tree, Rejection):
-            raise DataError(f"{tree.code}: {tree.message}. {ADVICE[tree.code]}")
+            raise DataError(f"{tree.code}: {tree.message}")
         return RenderedConversation(tree, turns_of(tree))
 
     @cached_property

@@ -165,18 +165,15 @@ class Rendered:
         """All characters that came from this leaf, in order."""
         return "".join([piece for piece, origin in zip(self._pieces, self._origins, strict=True) if origin == leaf])
 
-    def runs_in(self, text: str, leaves: range) -> list[tuple[str, bool]]:
-        """Another text, in which the pieces of these leaves stand in the same order, in runs: each with whether it came
-        from a message."""
+    def runs(self, at: int, until: int, leaves: range) -> list[tuple[str, bool]]:
+        """A part of the text in runs, each with whether it came from one of these leaves."""
         runs: list[tuple[str, bool]] = []
-        at = 0
         for start, end, _ in self._places(leaves):
-            piece = self.text[start:end]
-            place = text.find(piece, at)
-            if place >= 0:
-                runs += [(text[at:place], False), (piece, True)]
-                at = place + len(piece)
-        return [*runs, (text[at:], False)]
+            if end > at and start < until:
+                start, end = max(start, at), min(end, until)
+                runs += [(self.text[at:start], False), (self.text[start:end], True)]
+                at = end
+        return [*runs, (self.text[at:until], False)]
 
 
 # Alignments -----------------------------------------------------------------------------------------------------------

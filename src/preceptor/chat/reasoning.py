@@ -5,9 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from preceptor.chat.origins import MessageList
-from preceptor.data.examples import Rejected
+from preceptor.data.examples import REASONING_FIELDS, Rejected
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 TAGS = {
     "<think>": "</think>",
     "[THINK]": "[/THINK]",
@@ -70,6 +69,18 @@ def block_of(content: str, tags: Mapping[str, str] = TAGS, rendered: bool = Fals
             reasoning = before.lstrip().removeprefix(tag) if opened else before
             return Block(tag, reasoning, answer, opened, bool(found))
     return None
+
+
+def runs_of_answer(text: str, tags: Mapping[str, str]) -> list[tuple[str, bool]]:
+    """An assistant's text in runs, each with whether it is only text: tags of a block at its start are more."""
+    runs: list[tuple[str, bool]] = []
+    block, at = block_of(text, tags), 0
+    if block is not None:
+        for tag in (block.tag,) * block.opened + (tags[block.tag],) * block.closed:
+            place = text.index(tag, at)
+            runs += [(text[at:place], True), (tag, False)]
+            at = place + len(tag)
+    return [*runs, (text[at:], True)]
 
 
 def has_reasoning(given: Mapping[str, Any], tags: Mapping[str, str] = TAGS) -> bool:

@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
-from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by, readings
+from preceptor.chat.reasoning import has_reasoning, opened_by, readings, runs_of_answer
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, TrainedCounts, find_switch
-from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of, bos_ids, decode
-from preceptor.chat.turns import Stops, Turn, left_out, target_of
+from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of, as_json, bos_ids, decode
+from preceptor.chat.turns import Stops, Turn, left_out, target_of, target_runs
 from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import (
+    REASONING_FIELDS,
     Completion,
     Conversation,
     Document,
@@ -40,7 +41,7 @@ from preceptor.data.examples import (
     Rejection,
     trainable_turns,
 )
-from preceptor.data.forest import Tree
+from preceptor.data.forest import Tree, has_branches
 from preceptor.data.workers import Targets
 from preceptor.errors import ConfigError, PreceptorError, short
 
@@ -182,7 +183,10 @@ class Renderer:
     # Plain text ------------------------------------------------------------------------------------------------------
 
     def _plain_text(self, record: Completion | Document) -> Tree:
-        """A completion's context is its prompt, a document has none; bos comes first if the tokenizer puts it there."""
+        """A completion's context is its prompt, a document has none; bos comes first if the tokenizer puts it there.
+
+        eos comes last, but behind a stop token that the text spells out: there a server has stopped.
+        """
         prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
         self._special.in_text(prompt, "the prompt")
         self._special.in_text(text, "the text")
@@ -194,11 +198,13 @@ class Renderer:
 
         def grow(tokeniser: Tokeniser) -> Tree:
             context, target = self._ids(prompt, text, tokeniser)
-            context, target = (*(self._bos if bos else ()), *context), (*target, self.tokenizer.eos_token_id)
-            if not tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
+            context, said = (*(self._bos if bos else ()), *context), text
+            if self.stop_token_ids.isdisjoint(target[-1:]):
+                target, said = (*target, self.tokenizer.eos_token_id), text + eos
+            if not tokeniser.spells_all((*context, *target), bos + prompt + said):
                 raise Rejected("unknown_token", "the text")
             tree = GrowingTree(all_targets=self.targets == "all")
-            tree.add(context, target, (bos + prompt, text + eos), 1.0)
+            tree.add(context, target, (bos + prompt, said), 1.0)
             return tree.finish(record.source, partial(decode, tokenizer=self.tokenizer))
 
         return self._compared(grow, len(prompt + text), 1)
@@ -217,17 +223,21 @@ class Renderer:
 
     def _conversation(self, record: Conversation) -> tuple[Tree, Sequence[Proved]]:
         turns, spelled_out, missing = self._proof(record)
+        answers = [k for k, m in enumerate(record.messages) if m.role == "assistant"] if spelled_out else None
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), Path(tokeniser)
             for turn, text, _ in turns:
-                context, target, num_shared = self._tokenised(turn, text, path, spelled_out)
+                context, target, num_shared = self._tokenised(turn, text, path, answers)
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
             return tree.finish(record.source, partial(decode, tokenizer=self.tokenizer), switched, missing)
 
-        return self._compared(grow, len(turns[-1].turn.full.text), len(turns)), turns
+        tree = self._compared(grow, len(turns[-1].turn.full.text), len(turns))
+        if self.targets == "all":
+            _require_weights(record.messages[: turns[-1].turn.message], tree)
+        return tree, turns
 
     def _proof(self, record: Conversation) -> tuple[Sequence[Proved], bool, tuple[str, ...]]:
         """The turns as they are proved, whether special tokens are spelled out and must be read as plain text, and what
@@ -238,6 +248,8 @@ class Renderer:
         given = [message.given for message in messages]
         leaves = [leaves_of(message, k) for k, message in enumerate(given)]
         spelled_out = self._special.in_conversation(messages, leaves, record.tools, tags)
+        if record.template_kwargs:
+            self._special.in_text(as_json(record.template_kwargs), "chat_template_kwargs", may_be_plain=False)
         if not RESERVED_ARGUMENTS.isdisjoint(record.template_kwargs):
             taken = sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys())
             raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
@@ -308,16 +320,24 @@ class Renderer:
                 break
         raise rejected
 
-    def _tokenised(self, turn: Turn, text: str, path: Path, spelled_out: bool) -> tuple[Sequence[int], Ids, int]:
+    def _tokenised(
+        self, turn: Turn, text: str, path: Path, answers: Collection[int] | None
+    ) -> tuple[Sequence[int], Ids, int]:
         """The ids of a turn's context and target, and how many of the context's stand in the tree already.
 
-        spelled_out: messages spell out special tokens, which are to be read as plain text. Raises Rejected.
+        answers: where messages spell out special tokens, which are to be read as plain text, the assistant's messages,
+        whose reasoning tags act; else None. Raises Rejected.
         """
         tokeniser, num_shared = path.tokeniser, 0
-        if spelled_out:
-            prompt = [(piece, origin is not None) for piece, origin in turn.prompt_marked().parts()]
-            context: Sequence[int] = tokeniser.plain(prompt, self._special.pattern)
-            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special.pattern, before=prompt)
+        if answers is not None:
+            special, prompt, said = self._special.pattern, list[tuple[str, bool]](), list[tuple[str, bool]]()
+            for piece, origin in turn.prompt_marked().parts():
+                of_answer = origin is not None and turn.leaves[origin].message in answers
+                prompt += runs_of_answer(piece, turn.tags) if of_answer else [(piece, origin is not None)]
+            for piece, own in target_runs(turn, text, self._stops):
+                said += runs_of_answer(piece, turn.tags) if own else [(piece, False)]
+            context: Sequence[int] = tokeniser.plain(prompt, special)
+            target = tokeniser.plain(said, special, before=prompt)
         else:
             num_shared = path.read(turn.prompt)
             context, target = path.ids, path.continuation(text)
@@ -382,3 +402,14 @@ class Renderer:
     def _forms(self) -> Forms:
         """Which forms of messages the template takes, with the arguments of all renders."""
         return find_forms(self.template.given(self.template_kwargs))
+
+
+def _require_weights(messages: Sequence[Message], tree: Tree) -> None:
+    """Raises Rejected for a message before the last turn whose weight its tokens cannot have where all are trained.
+
+    Its own turn has it; a context in which it is rendered once more has not.
+    """
+    repeated = has_branches(tree)
+    for k, message in enumerate(messages):
+        if not message.weight or (repeated and message.weight != 1):
+            raise Rejected("weight_under_all", f"messages[{k}] has weight {message.weight:g}")

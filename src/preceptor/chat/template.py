@@ -21,9 +21,10 @@ from jinja2 import meta, nodes
 
 from preceptor.chat.environment import FixedClock, compiled, limits, parsed, plain_environment, rendered
 from preceptor.chat.origins import MessageList, Tools
-from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
+from preceptor.chat.reasoning import TAGS
 from preceptor.chat.tokenise import bos_ids
 from preceptor.config.sections import RESERVED_ARGUMENTS
+from preceptor.data.examples import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
 _MAX_SETTINGS = 24

@@ -15,7 +15,7 @@ from preceptor.chat.origins import Leaf, Rendered
 from preceptor.chat.render import Proved
 from preceptor.chat.tokenise import any_of, spans, special_ids
 from preceptor.chat.turns import Turn
-from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.data.examples import REASONING_FIELDS, Completion, Conversation, Document, Example
 from preceptor.data.forest import Tree, path_to
 
 
@@ -134,7 +134,7 @@ def _runs(
 
 def _is_text(leaf: Leaf) -> bool:
     """Whether it is what someone said, not a name or an id, which templates often leave out."""
-    return leaf.path[0] in ("content", *reasoning.REASONING_FIELDS) or "arguments" in leaf.path
+    return leaf.path[0] in ("content", *REASONING_FIELDS) or "arguments" in leaf.path
 
 
 def _target_runs(target: str, turn: Turn, full: Rendered, roles: Sequence[str]) -> list[TextRun]:

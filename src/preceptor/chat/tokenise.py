@@ -103,6 +103,7 @@ class Tokeniser:
     def _asked(self, text: str) -> Ids:
         assert self._backend is not None
         _require_size(text)
+        self._backend.encode_special_tokens = False  # as it is not once `_as_text` was asked
         self._backend.no_truncation()
         self._backend.no_padding()
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
@@ -300,11 +301,11 @@ class SpelledOut:
         if self._chosen == "allow":
             return False
         if tools:
-            self.in_text(_as_json(tools), "tools", may_be_plain=False)
+            self.in_text(as_json(tools), "tools", may_be_plain=False)
         search, found = self.pattern.search, False
         for index, (message, strings) in enumerate(zip(messages, leaves, strict=True)):
             texts = [leaf.text for leaf in strings if search(leaf.text) is not None]
-            if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
+            if isinstance(message.given.get("content"), list | Mapping):  # parts that meet; names in a tool's result
                 texts.append(message.content)
             calls = message.given.get("tool_calls") or ()
             if not texts and not calls:
@@ -314,7 +315,7 @@ class SpelledOut:
             for text in texts:
                 found = self.in_text(text, where, own) or found
             for call in calls:  # names of arguments
-                self.in_text(_as_json(call), where, own, may_be_plain=found)
+                self.in_text(as_json(call), where, own, may_be_plain=found)
         return found
 
     def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
@@ -329,7 +330,7 @@ class SpelledOut:
         return True
 
 
-def _as_json(value: Any) -> str:
+def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str).replace('\\"', '"')
 
 

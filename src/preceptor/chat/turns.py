@@ -19,7 +19,7 @@ from typing import Any
 from preceptor.chat import reasoning
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.origins import Leaf, MessageList, Rendered, Tools, json_body, shared_length
-from preceptor.data.examples import Rejected
+from preceptor.data.examples import REASONING_FIELDS, Rejected
 from preceptor.errors import short
 
 _KINDS = {
@@ -99,6 +99,21 @@ def target_of(turn: Turn, stops: Stops) -> str:
         if not reasoning.ANY_CLOSE.search(target if reasons else between):
             raise Rejected("prompt_opens_reasoning", turn.where)
     return target
+
+
+def target_runs(turn: Turn, target: str, stops: Stops) -> list[tuple[str, bool]]:
+    """The target in runs, each with whether it came from the message.
+
+    It ends as F does up to the turn's last character, and in what closes the turn. What F lacks before that is of the
+    message: a reasoning block as the content spells it.
+    """
+    text, span = turn.full.text, turn.full.span(turn.own)
+    assert span is not None
+    closing = _closing(turn, text, span[1], stops)
+    said = target[: len(target) - len(closing)]
+    num_shared = shared_length(said[::-1], text[: span[1]][::-1])
+    shared = turn.full.runs(span[1] - num_shared, span[1], turn.own)
+    return [(said[: len(said) - num_shared], True), *shared, (closing, False)]
 
 
 # Where it starts -----------------------------------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
         code: str | None = None
         if leaf.path[0] == "content":
             code = _content_problem(leaf.text, spelled, turn.tags)
-        elif leaf.path[0] in reasoning.REASONING_FIELDS:
+        elif leaf.path[0] in REASONING_FIELDS:
             code = None if _spells(spelled, leaf.text) else "reasoning_dropped"
         elif leaf.path[0] == "tool_calls":
             code = None if _in_id(turn, leaf, target) else _call_problem(leaf, spelled)

@@ -15,6 +15,8 @@ from preceptor.errors import ConfigError, DataError, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
 # Keys of a message that say whether it is trained: ours, and those of Axolotl, ms-swift and verl.
 TRAIN_KEYS = ("train", "trainable", "loss", "loss_mask")
 
@@ -50,8 +52,9 @@ class Unreadable(Exception):
 class Message:
     """One message of a conversation, in the chat-completions format.
 
-    `given` is the message exactly as the file holds it; the template sees this and nothing else, so that no field is
-    renamed, padded with nulls or lost. The attributes read from it are what the rest of the program needs to know.
+    `given` is the message exactly as the file holds it, but for reasoning in parts, which is one text; the template
+    sees this and nothing else, so that no field is renamed, padded with nulls or lost. The attributes read from it are
+    what the rest of the program needs to know. weight: 0 where the message says that it is context only.
     """
 
     given: Mapping[str, Any]
@@ -76,7 +79,8 @@ class Message:
 
     @property
     def reasoning_content(self) -> str:
-        return self.given.get("reasoning_content") or ""
+        """The message's reasoning, in whichever field; "" where there is none."""
+        return next((self.given[name] for name in REASONING_FIELDS if self.given.get(name)), "")
 
     @property
     def tool_calls(self) -> Sequence[Mapping[str, Any]]:
@@ -131,9 +135,13 @@ def read_message(raw: object, where: str) -> Message:
     train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise Unreadable("bad_message", f"{where}.weight is {short(weight)}; it must be a number of at least 0")
+    own_weight = 0.0 if train is False else float(weight)
     given = {key: value for key, value in raw.items() if key not in (*TRAIN_KEYS, "weight")}
+    for key in REASONING_FIELDS:
+        if isinstance(given.get(key), list):
+            given[key] = "".join(part["text"] for part in given[key])
     if role == "assistant":
-        message = Message(given, train=train is not False and weight > 0, weight=float(weight))
+        message = Message(given, train=own_weight > 0, weight=own_weight)
         if not (message.content.strip() or message.tool_calls):
             raise Unreadable("empty_answer", f"{where} is an assistant message with neither content nor tool_calls")
         return message
@@ -143,12 +151,12 @@ def read_message(raw: object, where: str) -> Message:
             f"{where} is to be trained and its role is {role}, but only assistant messages are; remove the key that "
             "says so (data.train_on: all trains every message)",
         )
-    return Message(given, train=False, weight=float(weight))
+    return Message(given, train=False, weight=own_weight)
 
 
 def _check_fields(raw: Mapping[str, Any], where: str) -> None:
     """Raises Unreadable for a field that says something wrong. A tool's result may be an object."""
-    for key in ("content", "reasoning_content"):
+    for key in ("content", *REASONING_FIELDS):
         if key == "content" and raw.get("role") == "tool" and isinstance(raw.get(key), dict):
             require_json(raw[key], f"{where}.{key}")
         else:
@@ -242,6 +250,8 @@ ADVICE: dict[str, str] = {
     "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
     "reasoning_unclosed": "the reasoning does not end, so there is no answer to learn: complete the turn, or set "
     "train: false on it",
+    "weight_under_all": "with data.train_on: all each token before the last answer is trained with weight 1, and so is "
+    "this message: remove it, or what it says of its training, or set data.train_on: assistant",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
     "data.chat_template",

@@ -92,7 +92,13 @@ def row_of(example: AnsweredExample) -> dict[str, Any]:
     """The example as a row in our own keys."""
     if isinstance(example, Completion):
         return {"prompt": example.prompt, "completion": example.completion}
-    row: dict[str, Any] = {"messages": list(map(_message, example.messages))}
+    messages = list(map(_message, example.messages))
+    # Answers that are not trained though nothing in them says so: those of a prompt.
+    asked = [k for k, m in enumerate(example.messages) if m.role == "assistant" and not m.train and m.weight > 0]
+    num_asked = asked[-1] + 1 if asked else 0
+    row: dict[str, Any] = {"prompt": messages[:num_asked], "completion": messages[num_asked:]}
+    if not asked:
+        row = {"messages": messages}
     if example.tools:
         row["tools"] = list(example.tools)
     if example.template_kwargs:
@@ -101,12 +107,7 @@ def row_of(example: AnsweredExample) -> dict[str, Any]:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    given = dict(message.given)
-    if message.weight != 1.0:
-        given["weight"] = message.weight
-    if message.role == "assistant" and not message.train and message.weight > 0:
-        given["train"] = False
-    return given
+    return dict(message.given) if message.weight == 1.0 else {**message.given, "weight": message.weight}
 
 
 def open_pool(paths: Sequence[str], columns: dict[str, str], split: str | None) -> Pool:

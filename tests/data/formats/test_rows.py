@@ -74,6 +74,14 @@ def test_a_conversation_in_every_format(row, expected, name):
     assert name in (None, format_of(row))
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_in_parts_is_one_text(field):
+    parts = [{"type": "text", "text": "Recall "}, {"text": "it."}]
+    asked, answer = to_example({"messages": [USER, {**ANSWER, field: parts}]}, "x:1").messages
+    assert answer.given == {**ANSWER, field: "Recall it."} and answer.reasoning_content == "Recall it."
+    assert asked.reasoning_content == "" and not messages({"messages": [USER, {**ANSWER, field: []}]})[1][field]
+
+
 @pytest.mark.parametrize("form", [[USER], json.dumps([USER]), " " + json.dumps(SHAREGPT[:1], indent=1)])
 @pytest.mark.parametrize("answer", [[ANSWER], json.dumps([ANSWER]), json.dumps(SHAREGPT[1:])])
 def test_prompt_and_completion_may_be_messages_as_json(form, answer):
@@ -215,6 +223,11 @@ def test_nulls_that_a_json_file_holds_are_meant():
             "JSON with name and arguments",
         ),
         ({"conversations": [{"from": "function_call", "value": '{"name": "f"}'}]}, "bad_tool_call", "conversations[0]"),
+        *(
+            ({"messages": [USER, {**ANSWER, field: value}]}, "bad_message", f"messages[1].{field} must be a string")
+            for field in ("reasoning_content", "thinking", "reasoning")
+            for value in (True, {"text": "so"})
+        ),
         ({"messages": [USER, {**ANSWER, "content": "a\ud83d"}]}, "broken_character", "messages[1].content"),
         ({"conversation": [USER, ANSWER]}, "unknown_format", "set `columns: {messages: conversation}`"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
