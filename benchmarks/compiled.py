@@ -36,13 +36,14 @@ GEMMA2 = {"sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softc
 
 @dataclass(frozen=True)
 class Case:
-    """adapter: options; a quantized base goes with one. settings: of the model's config."""
+    """adapter: options; a quantized base goes with one. base: the type of weights. settings: of the model's config."""
 
     kind: str = "llama"
     policy: ActivationPolicy = FULL
     precision: str = "float64"
     adapter: LoraOptions | None = None
     quantized: bool = False
+    base: torch.dtype = torch.float32
     settings: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> Any:
@@ -51,7 +52,7 @@ class Case:
         model: Any = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(self.kind, **settings), attn_implementation="eager"
         )
-        model = model.to(torch.float64 if self.precision == "float64" else torch.float32)
+        model = model.to(torch.float64 if self.precision == "float64" else self.base)
         if self.quantized:
             quantize(model, "nf4", True, "cpu")
         if self.adapter is not None:
@@ -75,6 +76,7 @@ CASES = {
     "Llama, LoRA": Case(precision="float32", adapter=LoraOptions()),
     "Llama, LoRA, bfloat16 autocast": Case(precision="bfloat16", adapter=LoraOptions()),
     "Llama, DoRA": Case(precision="float32", adapter=LoraOptions(dora=True)),
+    "Llama, bfloat16, DoRA": Case(precision="bfloat16", adapter=LoraOptions(dora=True), base=torch.bfloat16),
     "Llama, QLoRA": Case(precision="float32", adapter=LoraOptions(), quantized=True),
 }
 

@@ -445,6 +445,18 @@ def test_installed_modules_are_not_part_of_a_hash(tmp_path):
     assert own == hashlib.sha256(content + b"\0read").hexdigest()
 
 
+def test_a_hash_is_not_of_a_librarys_working_copy(tmp_path, monkeypatch):
+    """Thousands of modules would be read at each start; without a hash nothing is found in the cache."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "large_library").mkdir()
+    modules = [f"part_{k}" for k in range(150)]
+    (tmp_path / "large_library" / "__init__.py").write_text("".join(f"from . import {name}\n" for name in modules))
+    for name in modules:
+        (tmp_path / "large_library" / f"{name}.py").write_text("X = 1\n")
+    (tmp_path / "my.py").write_text("def read(record):\n    import large_library\n    return record\n")
+    assert load_code(f"{tmp_path}/my.py:read", "code").sha256 is None
+
+
 def test_a_module_that_changes_after_it_was_loaded_leaves_no_hash(tmp_path, monkeypatch):
     """This process goes on with what it has loaded."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -184,12 +184,15 @@ def test_a_model_with_adapted_experts_is_not_compiled(monkeypatch):
     assert Engine(adapted("auto")).state.not_compiled == compiled.ADAPTED_EXPERTS
 
 
-@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA", "Llama, DoRA"])
+@pytest.mark.parametrize(
+    "name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA", "Llama, DoRA", "Llama, bfloat16, DoRA"]
+)
 def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_length(name):
     """A tree is in each sequence. All cases, by aot_eager, are in benchmarks/results/compiled.json."""
     case = table.CASES[name]
     found = table.measure(case, "eager")
-    assert max(found["loss_error"], found["gradient_error"]) < {"float64": 1e-11, "float32": 1e-5}[case.precision]
+    bounds = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 0.03}
+    assert max(found["loss_error"], found["gradient_error"]) < bounds[case.precision]
     assert 0 < found["graphs"][1] == found["graphs"][2] <= 12, "a layer is cut at its attention alone"
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from textwrap import dedent
@@ -124,25 +124,38 @@ def _imported(source: bytes, package: str = "") -> bytes:
 _digests: dict[str, bytes] = {}  # of each module's file when it was first read: what is loaded stays as it was
 
 
+_MOST_MODULES = 100  # that are read; with more, such as a library's working copy, there is no hash
+
+
 def _add_imported(source: bytes, package: str, found: dict[str, bytes]) -> None:
+    for spec in (spec for name in _imports(source, package) for spec in _own_modules(name)):
+        if spec.name in found or spec.origin is None:
+            continue
+        if len(found) == _MOST_MODULES:
+            raise OSError(f"more than {_MOST_MODULES} modules that are not installed are imported")
+        content = Path(spec.origin).read_bytes()
+        found[spec.name] = hashlib.sha256(content).digest()
+        if _digests.setdefault(spec.origin, found[spec.name]) != found[spec.name]:
+            raise OSError(f"{spec.origin} has changed since it was loaded")
+        _add_imported(content, spec.parent or "", found)
+
+
+@cache
+def _imports(source: bytes, package: str) -> list[str]:
+    """Names of modules that source imports, and what may be some."""
     try:
         nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):  # a lambda within a call, or a module that is compiled
-        return
+        return []
+    found: list[str] = []
     for node in nodes:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
             with suppress(ImportError):  # a relative name without a package
                 of = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
                 names = [of, *(f"{of}.{name}" for name in names)]
-        for spec in (spec for name in names for spec in _own_modules(name)):
-            if spec.name in found or spec.origin is None:
-                continue
-            content = Path(spec.origin).read_bytes()
-            found[spec.name] = hashlib.sha256(content).digest()
-            if _digests.setdefault(spec.origin, found[spec.name]) != found[spec.name]:
-                raise OSError(f"{spec.origin} has changed since it was loaded")
-            _add_imported(content, spec.parent or "", found)
+        found += names
+    return found
 
 
 def _own_modules(name: str) -> Iterator[ModuleSpec]:

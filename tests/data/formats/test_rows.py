@@ -93,7 +93,22 @@ def test_prompt_and_completion_may_be_messages_as_json(form, answer):
 
 @pytest.mark.parametrize(
     "text",
-    ["[1, 2]", "[]", '{"role": "user"}', '[{"a": 1}]', '[{"role": "user"', "[NaN]", '[{"a": 1, "a": 2}]', "[[]]"],
+    [
+        "[1, 2]",
+        "[]",
+        '{"role": "user"}',
+        '[{"a": 1}]',
+        '[{"role": "user"',
+        "[NaN]",
+        '[{"a": 1, "a": 2}]',
+        "[[]]",
+        '[{"from": "Paris", "to": "London"}]',
+        '[{"role": "CEO", "name": "Ann"}]',
+        '[{"from": "EUR", "value": 3}]',
+        '[{"role": "user", "name": "Ann"}]',
+        '[{"role": "CEO", "content": "a"}]',
+        '[{"role": ["a"], "content": "a"}]',
+    ],
 )
 def test_a_prompt_that_looks_like_json_and_is_no_messages_is_text(text):
     assert to_example({"prompt": text, "completion": text}, "x:1") == Completion("x:1", text, text)

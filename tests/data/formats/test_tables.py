@@ -86,6 +86,11 @@ def test_a_test_set_beside_files_that_are_named_for_no_split_is_not_trained_unse
     assert texts(folder / "data.jsonl") == texts(f"{folder}/da*.jsonl") == ["data.jsonl"]
 
 
+def test_a_word_in_a_name_beside_unnamed_files_makes_no_test_set(make):
+    """`split: test` would not read it."""
+    assert texts(make("math.jsonl", "unit_test_generation.jsonl")) == ["math.jsonl", "unit_test_generation.jsonl"]
+
+
 def test_a_folder_of_a_test_set_alone_is_read(make):
     assert texts(make("test-1.jsonl", "test-2.jsonl")) == ["test-1.jsonl", "test-2.jsonl"]
 

@@ -25,6 +25,7 @@ from typing import Any
 from preceptor.config import are_documents
 from preceptor.data.examples import (
     MEDIA_KEYS,
+    ROLES,
     TRAIN_KEYS,
     Completion,
     Conversation,
@@ -206,8 +207,15 @@ def _read_messages(value: Any) -> Any:
         found = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    is_messages = found and all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in found)
+    is_messages = found and all(isinstance(each, dict) and _looks_like_message(each) for each in found)
     return parsed(value) if is_messages else value
+
+
+def _looks_like_message(given: Mapping[str, Any]) -> bool:
+    """And not like a record in which someone has a role, or a journey leads from somewhere."""
+    role, said_by = given.get("role"), given.get("from")
+    own = isinstance(role, str) and role in ROLES and bool({"content", "tool_calls"} & given.keys())
+    return own or (isinstance(said_by, str) and said_by in _SHAREGPT_ROLES and "value" in given)
 
 
 def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:

@@ -297,7 +297,8 @@ def _of_split(source: Source, files: list[Path], folder: Path) -> list[Path]:
             f"{source.path}: the folder's files are of the splits {', '.join(found)}; name one with `split`"
         )
     of_none = next((path for path, split in splits.items() if split is None), None)
-    if found and of_none is not None and found[0] not in _TRAIN_SPLITS:
+    named = any(split and _is_of_split(path.relative_to(folder), split) for path, split in splits.items())
+    if named and of_none is not None and found[0] not in _TRAIN_SPLITS:
         raise DataError(
             f"{source.path}: some of the folder's files are of the split {found[0]}, others, such as "
             f"{of_none.relative_to(folder)}, are named for none; name the split with `split`, or the files to read"

@@ -109,7 +109,7 @@ class _Branch(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, x_half: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows = x_half.view(-1, x.shape[-1])
+        rows = x_half.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, weight)
         ctx.like = x.shape, x.dtype
         ctx.set_materialize_grads(False)

@@ -191,11 +191,12 @@ def num_rows(folder: Path, settings: PeftConfig, model: Any) -> int:
     indices = getattr(settings, "trainable_token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     of_tokens = max((max(ids) + 1 for ids in lists if ids), default=0)
-    if not settings.modules_to_save:  # type: ignore[attr-defined]
+    stored = folder / "adapter_model.safetensors"
+    if not settings.modules_to_save or not stored.is_file():  # type: ignore[attr-defined]
         return of_tokens
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
     whole = {f"base_model.model.{name_of(model, table)}.weight" for table in tables}
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(stored, framework="pt") as file:
         names = whole.intersection(file.keys())
         return max([of_tokens, *(file.get_slice(name).get_shape()[0] for name in names)])
 
