@@ -113,6 +113,24 @@ def test_settings_of_the_models_own(settings, passes, monkeypatch):
     assert (_passes_of(model, tokenizer, monkeypatch) > 1) == (passes > 1)
 
 
+CUTS = {"top_k": 1, "top_p": 1e-6, "min_p": 1.0, "top_h": 1e-6, "typical_p": 1e-6}
+CUTS |= {"epsilon_cutoff": 0.9, "eta_cutoff": 0.9}
+OTHERS = {"stop_strings": ["a"], "token_healing": True, "num_return_sequences": 2, "prompt_lookup_num_tokens": 3}
+
+
+@pytest.mark.parametrize(("name", "value"), [*CUTS.items(), *OTHERS.items()])
+def test_settings_of_the_models_own_that_are_not_taken(name, value):
+    """Sampled answers are drawn from all tokens, and each context has one answer that ends at a stop token."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    samplings = (None, Sampling(2.0, 5))
+    expected = [generate(model, tokenizer, CONTEXTS, [0], 12, sampling=sampling) for sampling in samplings]
+    assert expected[0] != expected[1]
+    setattr(model.generation_config, name, value)
+    assert [generate(model, tokenizer, CONTEXTS, [0], 12, sampling=sampling) for sampling in samplings] == expected
+    assert getattr(model.generation_config, name) == value, "left as it was: it is saved with the model"
+
+
 def test_the_model_is_left_in_its_mode():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer)).train()

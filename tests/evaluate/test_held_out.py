@@ -8,7 +8,9 @@ import torch
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
+from preceptor.data.reading import SourceReader
 from preceptor.data.sources import OpenSource
+from preceptor.data.truncation import Fitter
 from preceptor.evaluate.held_out import LabelledTree, TargetLabels, label_targets, measure
 from preceptor.evaluate.intervals import interval
 from tiny import tiny_model, tiny_tokenizer
@@ -46,6 +48,52 @@ def test_labels(rendered):
     assert {own.source for each in found for own in each} == {file}
     sizes = [[own.num_bytes for own in each] for each in found]
     assert sizes == [[len("The message — is.".encode())], [len("The message — is.".encode()), 8], [16]]
+
+
+@pytest.fixture
+def fitted(write_jsonl):
+    """Held-out examples within so many tokens, with their labels."""
+    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def read(rows, max_length, overflow="split", **options):
+        renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[stop], **options)
+        reader = SourceReader(Fitter(renderer, max_length, overflow))
+        held_out = label_targets(reader.read_held_out(OpenSource(write_jsonl(rows))), tokenizer)
+        assert not reader.rejections
+        return held_out
+
+    return read
+
+
+def sizes(held_out):
+    return [own.num_bytes for each in held_out for own in each.labels if own is not None]
+
+
+@pytest.mark.parametrize("max_length", range(5, 16))
+def test_pieces_of_a_text_have_its_bytes(fitted, max_length):
+    """Wherever it is cut, within a character too."""
+    text = "The end — of 🦉🦉 a message ﬁ. " * 5
+    rows = [{"text": text}, {"text": text + "🦉"}]
+    whole, pieces = fitted(rows, 4096), fitted(rows, max_length)
+    assert len(pieces) > 12 > len(whole) and min(sizes(whole)) > len(text)
+    assert sum(sizes(pieces)) == sum(sizes(whole))
+    assert max(sizes(pieces)) <= 8 * max_length
+    rows = [{"messages": [SYSTEM, USER, {**ANSWER, "content": text}, USER, ANSWER]}]
+    whole, pieces = (fitted(rows, length, targets="all") for length in (4096, max_length))
+    assert len(pieces) > 12 and sum(sizes(pieces)) == sum(sizes(whole)) > len(text)
+
+
+@pytest.mark.parametrize("overflow", ["split", "truncate_context"])
+def test_turns_behind_messages_that_are_left_out_have_no_number(fitted, overflow):
+    rows = [{"messages": [SYSTEM, *[USER, ANSWER] * 6]}]
+    (whole,), parts = fitted(rows, 4096), fitted(rows, 100, overflow)
+    assert [own.turn for own in whole.labels if own is not None] == [1, 2, 3, 4, 5, 6]
+    found = [[own.turn for own in each.labels if own is not None] for each in parts]
+    if overflow == "split":
+        first = found.pop(0)
+        assert len(first) > 1 and first == list(range(1, len(first) + 1)), "nothing is left out before these"
+    assert found and all(turn is None for turns in found for turn in turns)
 
 
 def test_figures_are_means_over_tokens_against_a_direct_computation(rendered):

@@ -8,7 +8,7 @@ import torch
 from preceptor.chat.format import ChatFormat
 from preceptor.chat.template import load_template
 from preceptor.errors import DataError, TemplateError
-from preceptor.evaluate.figures import figures, summary
+from preceptor.evaluate.figures import comparison, figures, summary
 from preceptor.evaluate.likelihood import segment_losses
 from preceptor.evaluate.model import EvaluatedModel, default_dtype, load_evaluated_model
 from preceptor.evaluate.run import choice_tree, run_task, text_windows
@@ -116,6 +116,10 @@ def test_a_text_without_a_token_to_predict_is_an_error():
     task = Task("texts", "perplexity", (TaskItem("t:1", text="t"),))
     with pytest.raises(DataError, match="texts: its texts have no token that could be predicted"):
         figures(task, run_task(tiny_evaluated(), task, 8, 2))
+    results = run_task(tiny_evaluated(), task, 8, 2)
+    for report in (lambda: summary(task, results), lambda: comparison(task, results, results)):
+        with pytest.raises(DataError, match="texts: its texts have no token that could be predicted"):
+            report()
 
 
 @pytest.mark.parametrize("bos", [(), (7,)])

@@ -1,5 +1,6 @@
 """The best evaluation, and when they no longer improve: from the lines of eval.jsonl alone."""
 
+import math
 import random
 
 import pytest
@@ -77,6 +78,10 @@ def test_the_best_is_the_earliest_of_equal_ones_and_not_the_base():
     assert best_of(lines, run_of("loss")) == (2, 2.0)
     assert best_of(lines, run_of("token_accuracy"))[0] == 2
     assert best_of(lines, run_of()) is None and best_of(lines[:1], run_of("loss")) is None
+    for bad in (math.nan, math.inf, -math.inf):
+        broken = [{"step": 1, "loss": bad, "token_accuracy": bad}, *lines, {"step": 6, "loss": bad}]
+        assert best_of(broken, run_of("loss")) == (2, 2.0), "of no number nothing can be the best"
+        assert best_of(broken[:-1], run_of("token_accuracy"))[0] == 2 and best_of(broken[:1], run_of("loss")) is None
     assert outcome(lines, run_of("loss"), 4, 9) == {
         "model_step": 2,
         "best": {"metric": "loss", "value": 2.0, "step": 2},

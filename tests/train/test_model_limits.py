@@ -1,6 +1,7 @@
 """Models with limits, and damaged ones: named before data is rendered, or before step 1."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import conversations
 from preceptor import config
 from preceptor.chat.format import read_limits
-from preceptor.errors import ModelError
+from preceptor.errors import DataError, ModelError
+from preceptor.evaluate.model import load_evaluated_model
 from preceptor.model.checks import check_isolation
 from preceptor.model.parts import exact_routing
+from preceptor.serve.chat import Speaker
 from preceptor.train.build import require_room_to_read
 from tiny import tiny_model, tiny_tokenizer
 
@@ -106,6 +109,29 @@ def test_examples_beyond_learned_positions_are_too_long(base, preceptor, run_fil
     assert code == 0, err
     assert "attn_pdrop of 0.1 is off" in out + err
     assert "learned positions for 72" in (tmp_path / "run" / "rejections.jsonl").read_text()
+
+
+def test_answers_end_where_learned_positions_do(base, preceptor, run_file, tmp_path):
+    """Of each prompt on its own; in a chat the conversation that is too long is named, and the next one answered."""
+    rows = conversations(4, turns=2)
+    limits = {"data__max_length": 512, "eval__num_samples": 4, "eval__max_new_tokens": 140}
+    run = run_file(rows, eval_rows=rows, model__path=base(gpt2(140)), **limits)
+    code, out, err = preceptor("train", run)
+    assert code == 0, out + err
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) >= 8
+
+    evaluated = load_evaluated_model(str(tmp_path / "base"), "float32", "cpu")
+    evaluated = replace(evaluated, chat=replace(evaluated.chat, stop_token_ids=()))
+    contexts = [[5] * length for length in (135, 3, 139, 70)]
+    assert [len(answer.ids) for answer in evaluated.generate(contexts, 60)] == [5, 60, 1, 60]
+    assert evaluated.generate(contexts, 60)[1] == evaluated.generate(contexts[1:2], 60)[0]
+    until = [[], [], ["x"], ["y"]]
+    assert len(evaluated.generate(contexts, 60, until=until)) == 4
+    with pytest.raises(DataError, match="140 tokens; the model has learned positions for 140"):
+        evaluated.generate([[5] * 140], 4)
+    speaker = Speaker(evaluated, 4)
+    assert "learned positions for 140" in speaker.reply("word " * 200) and speaker.messages == []
+    assert "learned" not in speaker.reply("word")
 
 
 def test_the_models_that_have_learned_positions(tmp_path):

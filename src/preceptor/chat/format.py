@@ -52,14 +52,22 @@ def read_limits(path: str, trust_remote_code: bool = False, revision: str | None
             f"{path}: this checkpoint is quantized ({method or 'config.json has a quantization_config'}) and cannot be "
             "trained; name the model whose weights are not quantized"
         )
+    rows = getattr(settings.get_text_config(decoder=True), "vocab_size", None)
+    return ModelLimits(path, rows if isinstance(rows, int) else None, _positions(settings), learned_positions(settings))
+
+
+def _positions(settings: Any) -> int | None:
     text = settings.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    positions = positions if isinstance(positions, int) and positions > 0 else None
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def learned_positions(settings: Any) -> int | None:
+    """For how many tokens a model of this config has learned positions; None for any number."""
+    text = settings.get_text_config(decoder=True)
     computed = any(getattr(text, name, None) not in (None, False) for name in _COMPUTED)
     no_table = text.model_type in _SINUSOIDS or any(key.startswith(_NO_TABLE) for key in text.to_dict())
-    rows = getattr(text, "vocab_size", None)
-    longest = None if computed or no_table else positions
-    return ModelLimits(path, rows if isinstance(rows, int) else None, positions, longest)
+    return None if computed or no_table else _positions(settings)
 
 
 def _own_stop_ids(path: str, tokenizer: Any, trust_remote_code: bool, revision: str | None) -> list[int]:

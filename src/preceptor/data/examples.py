@@ -89,12 +89,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, with the tools that were offered (JSON schemas, exactly as given) and template arguments."""
+    """Messages in order, with the tools that were offered (JSON schemas, exactly as given) and template arguments.
+
+    is_shortened: messages before others were left out (truncation.py).
+    """
 
     source: str
     messages: tuple[Message, ...]
     tools: Sequence[Mapping[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    is_shortened: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,8 +298,10 @@ def _beginnings(messages: Sequence[Message], turn: int) -> list[tuple[int, ...]]
 
 def _kept(example: Conversation, kept: Sequence[int], trained: Sequence[int]) -> Conversation:
     """The conversation with these messages only, of which no other turns than `trained` are trained."""
-    messages = ((k, example.messages[k]) for k in kept)
-    return replace(example, messages=tuple(replace(m, train=m.train and k in trained) for k, m in messages))
+    of_kept = ((k, example.messages[k]) for k in kept)
+    messages = tuple(replace(m, train=m.train and k in trained) for k, m in of_kept)
+    is_beginning = list(kept) == list(range(len(kept)))
+    return replace(example, messages=messages, is_shortened=example.is_shortened or not is_beginning)
 
 
 def _text(example: Conversation | Completion) -> str:

@@ -29,7 +29,7 @@ def comparison(task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResul
     def figures_of(members: Sequence[int]) -> dict[str, Any]:
         return paired(task, [base[i] for i in members], [tuned[i] for i in members], seed)
 
-    return _reported(task, tuned, figures_of, {"base": counts(task, base), "tuned": counts(task, tuned)})
+    return _reported(task, tuned, figures_of, lambda: {"base": counts(task, base), "tuned": counts(task, tuned)})
 
 
 def summary(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
@@ -38,16 +38,16 @@ def summary(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[st
     def figures_of(members: Sequence[int]) -> dict[str, Any]:
         return {name: asdict(own) for name, own in figures(task, [results[i] for i in members], seed).items()}
 
-    return _reported(task, results, figures_of, counts(task, results))
+    return _reported(task, results, figures_of, lambda: counts(task, results))
 
 
 def _reported(
     task: Task,
     results: Sequence[ItemResult],
     figures_of: Callable[[Sequence[int]], dict[str, Any]],
-    counted: Mapping[str, Any],
+    counted: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """figures_of: some of the items, by their indices."""
+    """figures_of: some of the items, by their indices. counted: called after it, which refuses what has no tokens."""
     groups = groups_of(results)
     answers = [(result.record["answer"], result.item.accepted) for result in results if "answer" in result.record]
     return {
@@ -55,7 +55,7 @@ def _reported(
         "kind": task.kind,
         "num_items": len(results),
         "figures": figures_of(range(len(results))),
-        "counts": counted,
+        "counts": counted(),
         "groups": {
             key: {value: figures_of(members) for value, members in values.items()} for key, values in groups.items()
         },

@@ -20,6 +20,12 @@ _OF_ONE_PASS = (
     *("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "guidance_scale"),
     *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "cache_implementation"),
 )
+# Settings of a model's own that are not taken: tokens that are never drawn, and other answers than one per context that
+# ends at a stop token.
+_NOT_TAKEN = (
+    *("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("stop_strings", "token_healing", "num_return_sequences", "prompt_lookup_num_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,10 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Tokens are drawn from softmax(logits / temperature) by `seed`; the global random state is left unchanged."""
+    """Tokens are drawn from softmax(logits / temperature) by `seed`; the global random state is left unchanged.
+
+    The model's own penalties change the logits before; its top_p and other cuts are not taken.
+    """
 
     temperature: float
     seed: int
@@ -67,7 +76,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
     answer = _Batches(model, tokenizer, contexts, stop, pad, max_new_tokens, sampling, until, in_step)
-    with evaluating(model), _seeded(model, sampling):
+    with evaluating(model), _seeded(model, sampling), _own_settings(model):
         while order:
             batch = order[:batch_size]
             if _fits(answer, batch):
@@ -161,6 +170,20 @@ def _seeded(model: Any, sampling: Sampling | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         yield
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Without those of the model's settings that are not taken: transformers fills in what `_settings` leaves unset."""
+    own = model.generation_config
+    kept = {name: getattr(own, name) for name in _NOT_TAKEN if hasattr(own, name)}
+    try:
+        for name in kept:
+            setattr(own, name, None)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(own, name, value)
 
 
 def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampling: Sampling | None) -> Any:

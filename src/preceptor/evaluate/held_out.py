@@ -3,7 +3,8 @@
     source  the file
     kinds   tools (tools are offered, or a tool was called before), reasoning (the turn has some), system (there is a
             system prompt), plain (none of these); `completion` and `text` for other examples. A turn may have several
-    turn    its 1-based index among the assistant messages of the conversation
+    turn    its 1-based index among the assistant messages of the conversation; none where data.overflow left messages
+            out before it
 
 `bits_per_byte` is the loss of all target tokens in bits, stop tokens included, over the UTF-8 bytes of the targets'
 text without special tokens: it does not depend on the tokenizer.
@@ -19,10 +20,12 @@ import numpy as np
 from preceptor.chat.reasoning import has_reasoning
 from preceptor.chat.tokenise import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Example
-from preceptor.data.forest import Tree
+from preceptor.data.forest import Tree, path_ids
 from preceptor.evaluate.intervals import interval
 from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
 from preceptor.world import ONE, World
+
+_LONGEST_CHARACTER = 8  # tokens; UTF-8 needs no more than four
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,12 @@ class LabelledTree:
 def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> list[LabelledTree]:
     """Label the targets of held-out examples with their turns."""
     specials = {id_: str(tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(tokenizer)}
-    found = []
+    found: list[LabelledTree] = []
+    last: Example | None = None
+    said: tuple[int, ...] = ()  # the last tokens of the tree before, which is of the example `last`
     for example, tree in examples:
         labels: list[TargetLabels | None] = []
+        earlier = said[:-1] if example is last else ()  # a piece of a text begins with the last token of the one before
         for segment in tree.segments:
             if segment.kind == "context":
                 labels.append(None)
@@ -56,14 +62,24 @@ def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> l
             not_predicted = [specials[id_] for id_ in segment.ids if id_ in specials]
             if segment.parent is None and segment.ids[0] not in specials:  # nothing comes before the first token
                 not_predicted.append(decode(segment.ids[:1], tokenizer))
-            num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
+            num_bytes = len(segment.text.encode())
+            if not segment.text:  # of a piece (truncation.py)
+                before = (*earlier, *path_ids(tree, segment.parent))[-_LONGEST_CHARACTER:]
+                num_bytes = _whole(before + segment.ids, tokenizer) - _whole(before, tokenizer)
+            num_bytes -= len("".join(not_predicted).encode())
             file = example.source.rpartition(":")[0] or example.source
             turn = None
-            if isinstance(example, Conversation) and segment.message is not None:
+            if isinstance(example, Conversation) and segment.message is not None and not example.is_shortened:
                 turn = sum(message.role == "assistant" for message in example.messages[: segment.message + 1])
             labels.append(TargetLabels(file, _kinds(example, segment.message), turn, max(0, num_bytes)))
         found.append(LabelledTree(tree, tuple(labels)))
+        last, said = example, (*earlier, *path_ids(tree, len(tree.segments) - 1))[-_LONGEST_CHARACTER - 1 :]
     return found
+
+
+def _whole(ids: Sequence[int], tokenizer: Any) -> int:
+    """The bytes of the characters that these tokens spell to their end; the next token counts one that it completes."""
+    return len(decode(ids, tokenizer).rstrip("\ufffd").encode())
 
 
 def _kinds(example: Example, index: int | None) -> tuple[str, ...]:

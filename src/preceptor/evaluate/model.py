@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from preceptor.chat.format import ChatFormat, load_trained_format
+from preceptor.chat.format import ChatFormat, learned_positions, load_trained_format
 from preceptor.chat.reasoning import content_text
 from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
@@ -99,12 +99,24 @@ class EvaluatedModel:
         until: Sequence[Sequence[str]] = (),
         shared_out: bool = False,
     ) -> list[GeneratedAnswer]:
-        """The answer to each context (generate.py).
+        """The answer to each context (generate.py), as long as the model has learned positions for it at most.
 
         shared_out: each process of the world answers a part, and has all answers; without it each answers all of them.
-        Where answers are drawn, that would give others than one process does.
+        Where answers are drawn, that would give others than one process does. Raises DataError for a context that
+        leaves no position.
         """
         chat, engine = self.chat, Engine.of(self.model)
+        positions, longest = learned_positions(self.model.config), max(map(len, contexts), default=0)
+        if positions is not None and longest + max_new_tokens > positions:
+            if longest >= positions:
+                raise DataError(f"a prompt of {longest:,} tokens; the model has learned positions for {positions:,}")
+            limits = [min(max_new_tokens, positions - len(context)) for context in contexts]
+            parts = {limit: [k for k, own in enumerate(limits) if own == limit] for limit in limits}
+            answered: dict[int, GeneratedAnswer] = {}
+            for limit, part in parts.items():
+                of_part = [contexts[k] for k in part], limit, batch_size, sampling, [until[k] for k in part if until]
+                answered |= zip(part, self.generate(*of_part, shared_out=shared_out), strict=True)
+            return [answered[k] for k in range(len(contexts))]
         world = self.world if shared_out else ONE
         by_length = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
         own = by_length[world.rank :: world.size]

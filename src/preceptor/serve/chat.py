@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from preceptor.errors import DataError
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.tasks import TaskPrompt
 
@@ -16,10 +17,17 @@ class Speaker:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def reply(self, text: str) -> str:
-        """Answer a message, given the conversation so far, and remember both."""
+        """Answer a message, given the conversation so far, and remember both.
+
+        Where the conversation is longer than the model can read, say so and forget the message.
+        """
         self.messages.append({"role": "user", "content": text})
         prompt = TaskPrompt(tuple(self.messages if self.model.chat.template is not None else self.messages[-1:]))
-        (answer,) = self.model.generate([self.model.prompt_ids(prompt)], self.max_new_tokens)
+        try:
+            (answer,) = self.model.generate([self.model.prompt_ids(prompt)], self.max_new_tokens)
+        except DataError as error:
+            self.messages.pop()
+            return f"(no answer: {error}; shorten the message, or begin a new conversation with /new)"
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer.text if answer.stopped else answer.text + " …"
 

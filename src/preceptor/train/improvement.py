@@ -6,6 +6,7 @@ last evaluation that improved, so that small steps add up. The evaluation before
 with, and no candidate for the best: it is the base model's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,11 +45,11 @@ def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str
 
 
 def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] | None:
-    """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones."""
+    """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones. Its value is finite."""
     found: list[tuple[float, int, float]] = []
     for line in lines:
         name, value = _figure(line, run)
-        if line["step"] and value is not None:
+        if line["step"] and value is not None and math.isfinite(value):
             found.append((-value if name in _LOWER_IS_BETTER else value, line["step"], value))
     return max(found, key=lambda each: each[0])[1:] if found else None
 
