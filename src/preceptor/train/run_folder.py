@@ -45,6 +45,7 @@ from preceptor.files import (
     write_json_lines,
     writing,
 )
+from preceptor.report.run_record import up_to
 from preceptor.train.differences import changed_keys
 from preceptor.train.improvement import best_of
 from preceptor.train.lock import LOCK, locked
@@ -194,7 +195,8 @@ class RunFolder:
         known = _readable(self.path / SUMMARY)
         if known:
             return known
-        steps, evaluations = (read_json_lines(self.path / name, lambda _: None) for name in LOGS[:2])
+        steps, outcome = read_json_lines(self.path / "metrics.jsonl", lambda _: None), self.record.get("outcome", {})
+        evaluations = up_to(self.evaluations, outcome.get("model_step"))
         data = read_json(self.path / "data.json")
         summary = {
             **{
@@ -204,7 +206,7 @@ class RunFolder:
             },
             "num_steps": steps[-1]["step"] if steps else 0,
             "num_skipped": self.num_skipped,
-            **self.record.get("outcome", {}),
+            **outcome,
             "held_out": evaluations[-1] if evaluations else {},
             "model_files": _files_in(self.path / "model"),
             "seconds": sum(step["seconds"] for step in steps) if seconds is None else seconds,
