@@ -53,11 +53,12 @@ from preceptor.train.lock import LOCK, locked
 LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 WINDOWS = "windows.jsonl"
 RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
+COMPARED = ("compare.json", "items.jsonl")  # by `compare --out RUN`, of the model that is there
 REPLACED = "replaced"
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
-    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl", "trackers"),
+    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", *COMPARED, "trackers"),
     *("rejections.jsonl", WINDOWS, "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
@@ -136,7 +137,7 @@ class RunFolder:
         The run file comes last: a process that is killed before finds the shorter one there, and does all of it again.
         """
         with writing(self.path):
-            for name in (SUMMARY, REPORT):
+            for name in (SUMMARY, REPORT, *COMPARED):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / "model").is_dir():
                 remove_folder(self.path / "model")
