@@ -67,7 +67,7 @@ def _figure(line: Evaluation, run: config.Run) -> tuple[str | None, float | None
     best = run.checkpoint.best
     if best not in run.eval.tasks:
         return best, None if best is None else line.get(best)
-    figures = next((own["figures"] for own in line.get("tasks", ()) if own["task"] == best), {})
+    figures: Mapping[str, Any] = next((own["figures"] for own in line.get("tasks", ()) if own["task"] == best), {})
     return next(((name, figure["value"]) for name, figure in figures.items()), (best, None))
 
 
