@@ -73,7 +73,8 @@ def test_kinds_of_tasks(task_file):
     chosen = open_task(task_file(CHOICE))
     assert (chosen.kind, len(chosen.items)) == ("multiple choice", 4)
     item = chosen.items[1]
-    assert (item.prompt.text, item.choices, item.answer) == ("the user 1", (" the message", " and then"), 1)
+    assert (item.prompt.text, item.delimiter, item.answer) == ("the user 1", " ", 1)
+    assert item.choices == ("the message", "and then")
     texts = open_task(task_file(TEXT, "own_texts"))
     assert texts.kind == "perplexity" and texts.items[0].text == "the user 0"
     answers = open_task(task_file(ANSWER, "own_answers"))
@@ -194,7 +195,8 @@ def test_choices(read, metrics, target):
     """The right one by its index, or by its text."""
     found = read(_StandIn(metric_list=metrics, filter_list=FIRST, target=target))
     assert found.kind == "multiple choice" and [item.answer for item in found.items] == [0, 1, 0, 1]
-    assert found.items[1].prompt.text == "the user 1" and found.items[1].choices == (" the message", " and then")
+    item = found.items[1]
+    assert (item.prompt.text, item.delimiter, item.choices) == ("the user 1", " ", ("the message", "and then"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a model chooses, predicts and answers, against direct computations on a tiny model in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,21 @@ def test_choices_are_scored_as_by_a_direct_computation(chat, alone):
     assert result.record["chosen"] == max(range(3), key=expected.__getitem__)
     assert result.record["chosen_norm"] == max(range(3), key=per_byte.__getitem__)
     assert result.values["right"] == (result.record["chosen"] == 0)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_delimiter_is_read_before_each_choice_and_is_no_part_of_its_length(chat):
+    evaluated, delimiter, texts = tiny_evaluated(chat=chat), " the message of the user and the start", (" q", " q x z")
+    given = (USER,) if chat else None
+    apart = replace(choice(choices=texts, messages=given), delimiter=delimiter)
+    joined = choice(choices=tuple(delimiter + text for text in texts), messages=given)
+    ours, plain = (run_task(evaluated, Task("t", "multiple choice", (item,)), 8, 2)[0] for item in (apart, joined))
+    values = ours.record["log_likelihoods"]
+    assert values == plain.record["log_likelihoods"], "the same tokens"
+    assert ours.record["choices"] == plain.record["choices"] == list(joined.choices)
+    per_byte = [value / len(text.encode()) for value, text in zip(values, texts, strict=True)]
+    assert ours.record["chosen_norm"] == per_byte.index(max(per_byte)) == 1
+    assert plain.record["chosen_norm"] == 0, "this test needs a delimiter that matters"
 
 
 def test_weights_are_in_bfloat16_by_default_where_files_and_gpu_have_it(monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from preceptor.export.card import _evaluation
 from preceptor.report.curves import panels
 from preceptor.report.facts import facts
 from preceptor.report.findings import judge, spikes
@@ -118,6 +119,27 @@ def test_what_is_wrong_is_said(tmp_path, files, level, words):
     assert len(matching) == 1, [finding.seen for finding in found]
     assert matching[0].level == level
     assert words not in " ".join(finding.seen for finding in judged(tmp_path / "b").findings)
+
+
+def test_where_the_best_is_saved_its_figures_and_answers_are_judged_not_the_last(tmp_path):
+    best = {"num_steps": 20, "model_step": 10, "best": {"metric": "loss", "value": 1.5, "step": 10}}
+    evaluations = looks((0, 2.0), (10, 1.5), (20, 2.1))
+    evaluations[1]["token_accuracy"] = 0.7
+    samples = [sample(step, "1?", answer) for step, answer in ((0, "base"), (10, "good"), (20, " "))]
+    record = read_run(write_run(tmp_path / "a", eval=evaluations, samples=samples, summary=best))
+    verdict = judge(record)
+    said = " ".join(finding.seen for finding in verdict.findings)
+    assert verdict.headline == "It learned; nothing looks suspicious", said
+    assert "The held-out loss fell by 25%: 2.000 before the first step, 1.500 after step 10" in said
+    assert "Token accuracy: 50.0%, then 70.0%." in said and "answers are empty" not in said
+    assert "then rose to 2.100" in said and "The model is that of step 10." in said
+    assert facts(record)["held-out token accuracy"] == "70.0%"
+    (prompt,) = record.prompts
+    assert prompt.last["answer"] == "good" and [each["answer"] for each in prompt.between] == [" "]
+    card = "\n".join(_evaluation(record))
+    assert "held-out loss 2.000 before training, 1.500 after" in card
+    last = judged(tmp_path / "b", eval=evaluations, samples=samples)
+    assert last.headline.startswith("It memorised its training examples")
 
 
 def test_the_worst_comes_first_and_makes_the_headline(tmp_path):

@@ -13,7 +13,7 @@ from preceptor.data.formats.rows import read_row
 from preceptor.data.formats.values import JsonReader, Struct
 from preceptor.data.sources import OpenSource
 from preceptor.select.choice import Settings, choose, explain, summarise
-from preceptor.select.measure import BaseScorer, answers_of
+from preceptor.select.measure import BaseScorer, ModelScores, answers_of
 from preceptor.select.pool import Pool, line_of
 from preceptor.select.select import load_scorer
 from preceptor.select.survey import survey
@@ -157,6 +157,26 @@ def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_js
     lines = list(explain(found, choice))
     assert lines[0]["code"] == "near_repeat" and "better" in lines[0]["reason"]
     assert sum(line["kept"] for line in lines) == 3
+
+
+def test_where_the_first_of_near_repeats_is_rejected_the_next_stands_for_the_others(base_folder, write_jsonl):
+    words = " ".join(f"word{k}" for k in range(60))
+    rows = [row(f"Tell me {words}", f"It is the start of a message{sign}") for sign in (".", "!", "?", " .")]
+    path = write_jsonl([*rows, *good_rows(6)])
+
+    class Strict:
+        """Rejects the first, as one that is just too long; the scores of the others are all alike."""
+
+        embedding_size = 2
+
+        def score(self, examples):
+            scores = ModelScores(*[1.0] * (len(ModelScores._fields) - 1), np.ones(2, np.float16))
+            for number, example in examples:
+                yield number, example, scores if number else Rejection(example.source, "too_long", "too long")
+
+    found = survey(Pool((OpenSource(path),)), Strict(), None)
+    assert [*found.rejected] == [0] and found.number_N.tolist() == list(range(1, 10))
+    assert found.representative_N.tolist() == [0, 0, 0, *range(3, 9)]
 
 
 @pytest.mark.parametrize("method", ["facility-location", "k-centre", "none"])

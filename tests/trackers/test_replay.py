@@ -1,5 +1,6 @@
 """The replay of a run folder: each step once and in order, whatever was stopped; and each real tracker that is here."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -76,9 +77,9 @@ class Folder:
             (self.path / "new").write_text("".join(f"{line}\n" for line in lines))
             (self.path / "new").replace(self.path / name)
 
-    def finish(self):
+    def finish(self, summary="{}"):
         for name in ("summary.json", "report.html"):
-            (self.path / name).write_text("{}")
+            (self.path / name).write_text(summary)
 
 
 @pytest.fixture
@@ -113,6 +114,17 @@ def test_steps_come_in_order_with_their_evaluations(run, tracker):
     assert tracker.opened[0].config["data.train.0.path"] == "a" and tracker.opened[0].name == "run-aaaaaaaa"
     RunReplay(run.path, "tensorboard").end()
     assert tracker.got[-1] == "finished" and len(tracker.opened) == 1, "all is sent: nothing is opened again"
+
+
+def test_a_lengthened_run_sends_its_new_summary_and_report(run, tracker):
+    run.train(1, 2)
+    run.finish('{"num_steps": 2}')
+    RunReplay(run.path, "tensorboard").end()
+    run.train(3, 4)
+    run.finish('{"num_steps": 4}')
+    RunReplay(run.path, "tensorboard").end()
+    files = ["report.html", "summary.json", "config.yaml"]
+    assert tracker.got == [*trained(1, 2), files, "finished", *trained(3, 4), files, "finished"]
 
 
 def test_a_line_that_is_half_written_is_waited_for(run, tracker):
@@ -365,7 +377,8 @@ def test_a_training_is_followed_by_a_process_of_its_own(preceptor, run_file, tmp
     code, _, err = preceptor("train", run_file(eval_rows=conversations(3), tracker="tensorboard"))
     assert code == 0, err
     state = json.loads((tmp_path / "run" / "trackers" / "state.json").read_text())
-    assert state["sent"]["tensorboard"] == {"metrics": 4, "eval": 4, "attached": True, "tracker_id": None}
+    attached = hashlib.sha256((tmp_path / "run" / "summary.json").read_bytes()).hexdigest()
+    assert state["sent"]["tensorboard"] == {"metrics": 4, "eval": 4, "attached": attached, "tracker_id": None}
     assert list((tmp_path / "run" / "trackers" / "tensorboard").glob("events.*"))
     code, out, _ = preceptor("track", tmp_path / "run")
     assert code == 0 and "0 steps and 0 evaluations sent" in out

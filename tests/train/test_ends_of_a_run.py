@@ -64,6 +64,7 @@ def test_the_best_model_is_saved_and_the_last_is_kept(overfitting, preceptor, tm
     assert 0 < best["step"] < 12, "this test needs a run that gets worse"
     assert summary["best"] == {"metric": "loss", "value": best["loss"], "step": best["step"]}
     assert summary["model_step"] == best["step"] and summary["num_steps"] == 12
+    assert summary["held_out"] == best
     assert f"the model is that of step {best['step']}, the best by loss" in out
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == [f"step-{best['step']:08d}", "step-00000012"]

@@ -47,6 +47,7 @@ def test_every_look_has_the_held_out_figures_in_all_and_by_group_and_the_tasks(r
         (examined,) = look["tasks"]
         assert examined["task"] == task and examined["num_items"] == 3
         assert sum(examined["counts"][key] for key in ("stop_token", "until", "length")) == 3
+        assert look["measured_on"].keys() == {"held_out", task} and look["measured_on"] == looks[0]["measured_on"]
     assert looks[-1]["loss"] < looks[0]["loss"]
     samples = lines(folder, "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2, 4]

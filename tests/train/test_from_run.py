@@ -197,8 +197,12 @@ CONSTANT = ("optimizer.lr_scheduler=constant", "optimizer.warmup=2 steps", "chec
 def test_a_finished_run_of_constant_rate_is_lengthened_to_the_same_bits(run_file, tmp_path, preceptor):
     file = run_file(eval_rows=conversations(2), eval__num_samples=0)
     assert preceptor("train", file, *CONSTANT)[0] == 0
+    compared = [tmp_path / "run" / name for name in ("compare.json", "items.jsonl")]  # of the shorter run's model
+    for place in compared:
+        place.write_text('{"tasks": []}\n')
     code, out, error = preceptor("train", file, *CONSTANT, "train.duration=7 steps")
     assert code == 0, error
+    assert not any(place.exists() for place in compared)
     assert "lengthened to 7 steps; goes on after step 4" in out
     assert preceptor("train", file, *CONSTANT, "train.duration=7 steps", f"out={tmp_path}/whole")[0] == 0
     one, other = weights(tmp_path / "run"), weights(tmp_path / "whole")

@@ -92,10 +92,34 @@ def test_the_best_is_the_earliest_of_equal_ones_and_not_the_base():
 @pytest.mark.parametrize(("figure", "step"), [("accuracy", 4), ("bits_per_byte", 2)])
 def test_the_best_by_a_task_is_by_its_first_figure(figure, step):
     lines = [
-        {"step": at, "tasks": [{"figures": {}}, {"figures": {figure: {"value": value}}}]}
+        {"step": at, "tasks": [{"task": "a", "figures": {}}, {"task": "b", "figures": {figure: {"value": value}}}]}
         for at, value in ((2, 0.1), (4, 0.3), (6, 0.2))
     ]
-    assert best_of(lines, run_of("b", tasks=["a", "b"]))[0] == step
+    for tasks in (["a", "b"], ["b", "a"], ["c", "a", "b"], ["b"]):  # also where the run went on with other tasks
+        assert best_of(lines, run_of("b", tasks=tasks))[0] == step
+    assert best_of(lines, run_of("c", tasks=["c", "b"])) is None
+
+
+def on(line, **measured_on):
+    return line | {"measured_on": measured_on}
+
+
+def test_only_figures_of_the_same_held_out_examples_and_tasks_are_compared():
+    """A run may go on with other ones: their losses say nothing about each other."""
+    before, after = judged(3.0, 0.5), judged(3.0, 2.9, 2.8)[1:]
+    lines = [on(line, held_out="x", b="y") for line in before]
+    for step, line in enumerate(after, start=2):
+        line = on(line | {"step": step}, held_out="z", b="y")
+        lines.append(line | {"improvement": improvement(lines, line, 0)})
+    assert [line["improvement"]["on_step"] for line in lines] == [None, 0, None, 2]
+    assert [line["improvement"]["improves"] for line in lines] == [True] * 4
+    assert best_of(lines, run_of("loss")) == (3, 2.8)
+    assert best_of(lines[:2], run_of("loss")) == (1, 0.5)
+    for line, value in zip(lines, (0.0, 0.9, 0.2, 0.1), strict=True):
+        line["tasks"] = [{"task": "b", "figures": {"accuracy": {"value": value}}}]
+    assert best_of(lines, run_of("b", tasks=["b"])) == (1, 0.9), "the task is the same"
+    lines[-1]["measured_on"]["b"] = lines[-2]["measured_on"]["b"] = "other items"
+    assert best_of(lines, run_of("b", tasks=["b"])) == (2, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,9 @@ def test_other_held_out_data_and_tasks_are_said(stopped, tmp_path, write_jsonl):
     assert "the held-out examples are not those of the run so far" in shown
     assert "the tasks are not those of the run so far" in shown
     assert (tmp_path / "run" / "summary.json").is_file()
+    lines = (tmp_path / "run" / "eval.jsonl").read_text().splitlines()
+    first, last = (json.loads(line)["measured_on"] for line in (lines[0], lines[-1]))
+    assert first.keys() == last.keys() == {"held_out", task} and not first.items() & last.items()
 
 
 def test_other_threads_and_versions_are_said(stopped, tmp_path, monkeypatch):

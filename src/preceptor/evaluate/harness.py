@@ -120,9 +120,9 @@ def _items(path: str, kind: TaskKind | None, task: Any) -> Iterator[TaskItem]:
             yield TaskItem(source, asked, accepted, until=until)
             continue
         choices, target = list(task.doc_to_choice(doc)), task.doc_to_target(doc)
-        shown = tuple(f"{config.target_delimiter}{choice}" for choice in choices)
         right = choices.index(target) if target in choices else int(target)
-        yield TaskItem(source, TaskPrompt(text=prompt), choices=shown, answer=right)
+        asked, shown = TaskPrompt(text=prompt), tuple(map(str, choices))
+        yield TaskItem(source, asked, choices=shown, answer=right, delimiter=str(config.target_delimiter))
 
 
 def _has_own_rules(kind: TaskKind, task: Any) -> bool:

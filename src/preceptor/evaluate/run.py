@@ -118,7 +118,7 @@ def _choose(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemRe
     results = []
     for item, tree_losses in zip(items, losses, strict=True):
         log_likelihoods = [-own.nats for own in tree_losses[1:]]
-        sizes = [len(choice.encode()) for choice in item.choices]
+        sizes = [max(1, len(choice.encode())) for choice in item.choices]  # of an empty one only its delimiter is read
         per_byte = [value / size for value, size in zip(log_likelihoods, sizes, strict=True)]
         chosen, chosen_norm = (max(range(len(each)), key=each.__getitem__) for each in (log_likelihoods, per_byte))
         values = {
@@ -126,19 +126,24 @@ def _choose(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemRe
             "right_norm": float(chosen_norm == item.answer),
             "chance": 1 / len(item.choices),
         }
-        record = {"choices": list(item.choices), "right_choice": item.answer, "log_likelihoods": log_likelihoods}
+        record = {"choices": shown_choices(item), "right_choice": item.answer, "log_likelihoods": log_likelihoods}
         results.append(ItemResult(item, values, record | {"chosen": chosen, "chosen_norm": chosen_norm}))
     return results
+
+
+def shown_choices(item: TaskItem) -> list[str]:
+    """What the model reads."""
+    return [item.delimiter + choice for choice in item.choices]
 
 
 def choice_tree(evaluated: EvaluatedModel, item: TaskItem) -> Tree:
     """The context and, as branches, the tokens of each choice. Raises DataError if there is no context."""
     prompt = _prompt_of(item)
     context = evaluated.context(prompt, item.source)
-    endings: list[TokenIds] = [evaluated.chat.ids(choice) for choice in item.choices]
+    endings: list[TokenIds] = [evaluated.chat.ids(choice) for choice in shown_choices(item)]
     if evaluated.is_plain(prompt):
         text, bos = evaluated.prompt_text(prompt), evaluated.chat.bos
-        wholes = [(*bos, *evaluated.chat.ids(text + choice)) for choice in item.choices]
+        wholes = [(*bos, *evaluated.chat.ids(text + choice)) for choice in shown_choices(item)]
         shared = min(shared_length(context, whole) for whole in wholes)
         if shared:  # else the choices differ in the very first token, and something must come before it
             context, endings = context[:shared], [whole[shared:] for whole in wholes]

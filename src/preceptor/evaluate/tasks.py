@@ -127,6 +127,7 @@ class TaskItem:
     until: tuple[str, ...] = ()  # generation: texts that end an answer
     choices: tuple[str, ...] = ()  # multiple choice, and the index of the right one
     answer: int = 0
+    delimiter: str = ""  # multiple choice: stands before each choice, and is no part of it
     text: str = ""  # perplexity
     groups: Mapping[str, str] = field(default_factory=dict)
 

@@ -87,10 +87,10 @@ def _training(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 def _evaluation(run: RunRecord) -> list[str]:
     found = []
-    if run.held_out:
-        first, last = run.held_out[0]["loss"], run.held_out[-1]["loss"]
+    if losses := [line["loss"] for line in run.held_out_of_model]:
+        first, last = losses[0], losses[-1]
         found.append(f"- held-out loss {first:.3f} before training, {last:.3f} after (nats per trained token)")
-    for task in (run.evaluations[-1].get("tasks") or ()) if run.evaluations else ():
+    for task in next((line.get("tasks") or () for line in reversed(run.of_model(run.evaluations))), ()):
         figures = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in task["figures"].items())
         found.append(f"- {task['task'].rpartition('/')[2]}: {figures}")
     if comparison := read_comparison(run.compare):

@@ -54,8 +54,9 @@ def _losses(run: RunRecord) -> dict[str, str]:
         if "bits_per_byte" in first and "bits_per_byte" in last:
             pair = f"{first['bits_per_byte']:.4f}, {last['bits_per_byte']:.4f}"
             found["held-out bits per byte, first and last"] = pair
-        if "token_accuracy" in last:
-            found["held-out token accuracy"] = f"{last['token_accuracy']:.1%}"
+        own = (run.held_out_of_model or run.held_out)[-1]
+        if "token_accuracy" in own:
+            found["held-out token accuracy"] = f"{own['token_accuracy']:.1%}"
     return found
 
 
@@ -106,17 +107,17 @@ def _seconds(value: float | None) -> str:
 
 def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]:
     """(name, columns, rows) of the held-out figures by source, kind and turn, if there are several of them."""
-    found = []
+    found, evaluations = [], run.held_out_of_model
     for key, by in (("by_source", "source"), ("by_kind", "kind of message"), ("by_turn", "turn")):
-        groups: dict[str, Any] = run.held_out[-1].get(key, {}) if run.held_out else {}
+        groups: dict[str, Any] = evaluations[-1].get(key, {}) if evaluations else {}
         if len(groups) < 2:
             continue
-        before = run.held_out[0].get(key, {})
+        before = evaluations[0].get(key, {})
         rows = []
         for name, own in groups.items():
             losses = [f"{each['loss']:.4f}" if each else "–" for each in (before.get(name), own)]
             rows.append((str(name), [*losses, f"{own['token_accuracy']:.1%}", f"{own['num_trained']:,}"]))
-        columns = [f"loss at step {own['step']:,}" for own in (run.held_out[0], run.held_out[-1])]
+        columns = [f"loss at step {own['step']:,}" for own in (evaluations[0], evaluations[-1])]
         found.append((by, [*columns, "token accuracy", "tokens"], rows))
     return found
 

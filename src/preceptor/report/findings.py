@@ -92,9 +92,10 @@ def _state(run: RunRecord) -> str:
         return "It is learning" if run.steps else "It has not begun"
     if _has_few_steps(run):
         return "It is finished; too few steps to say what it learned"
-    if len(run.held_out) < 2:
+    evaluations = run.held_out_of_model
+    if len(evaluations) < 2:
         return "It learned its training examples; more was not measured" if run.steps else "It is finished"
-    first, last = (float(evaluation["loss"]) for evaluation in (run.held_out[0], run.held_out[-1]))
+    first, last = (float(evaluation["loss"]) for evaluation in (evaluations[0], evaluations[-1]))
     return "It learned" if last < first * (1 - NOTHING_LEARNED) else "It memorised its training examples"
 
 
@@ -180,9 +181,15 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         )
         also = " and set eval.every" if run.config.get("data") else ""
         yield Finding("note", seen, f"Name a file in data.eval, or set data.eval_size{also}.")
-    if len(evaluations) < 2:
-        return
-    first, last, best = evaluations[0], evaluations[-1], min(evaluations, key=lambda each: float(each["loss"]))
+    of_model = run.held_out_of_model
+    if len(of_model) > 1:
+        yield _held_out_loss(of_model[0], of_model[-1])
+    if len(evaluations) > 1:
+        yield from _overfitting(run, evaluations[-1])
+
+
+def _held_out_loss(first: JsonObject, last: JsonObject) -> Finding:
+    """From the first evaluation to that of the model."""
     began = "before the first step" if first["step"] == 0 else f"after step {first['step']:,}"
     course = f"{first['loss']:.3f} {began}, {last['loss']:.3f} after step {last['step']:,}"
     accuracy = ""
@@ -192,12 +199,16 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         advice = (
             "The training examples may be too few or too different from the held-out ones, or the learning rate wrong."
         )
-        yield Finding("warning", f"The held-out loss did not fall: {course}.{accuracy}", advice)
-    else:
-        num = last.get("num_trained", ENOUGH_TOKENS)
-        few = f" That is on only {num:,} tokens." if num < ENOUGH_TOKENS else ""
-        seen = f"The held-out loss fell by {_share(1 - last['loss'] / first['loss'])}: {course}.{accuracy}{few}"
-        yield Finding("note" if few else "good", seen)
+        return Finding("warning", f"The held-out loss did not fall: {course}.{accuracy}", advice)
+    num = last.get("num_trained", ENOUGH_TOKENS)
+    few = f" That is on only {num:,} tokens." if num < ENOUGH_TOKENS else ""
+    seen = f"The held-out loss fell by {_share(1 - last['loss'] / first['loss'])}: {course}.{accuracy}{few}"
+    return Finding("note" if few else "good", seen)
+
+
+def _overfitting(run: RunRecord, last: JsonObject) -> Iterator[Finding]:
+    """Of the whole run, after the saved model too."""
+    best = min(run.held_out, key=lambda each: float(each["loss"]))
     if last["loss"] > best["loss"] * (1 + OVERFITTED) and best["step"] > 0:
         seen = (
             f"Overfitting: the held-out loss was lowest after step {best['step']:,} ({best['loss']:.3f}) and then rose "
@@ -251,7 +262,7 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
 
 
 def _answers(run: RunRecord) -> Iterator[Finding]:
-    """The last answers to each prompt: whether they stop, are right, are empty, all alike, or the base model's."""
+    """The saved model's answers: whether they stop, are right, are empty, all alike, or the base model's."""
     step = max((each.last["step"] for each in run.prompts), default=0)
     prompts = [each for each in run.prompts if each.last["step"] == step]
     if not prompts or step == 0:

@@ -67,6 +67,15 @@ class RunRecord:
         """The evaluations that have a held-out loss."""
         return [evaluation for evaluation in self.evaluations if evaluation.get("loss") is not None]
 
+    def of_model(self, lines: Sequence[JsonObject]) -> list[JsonObject]:
+        """Those up to the step of the saved model, which `checkpoint.best` may choose before the last; else all."""
+        return up_to(lines, self.summary.get("model_step"))
+
+    @property
+    def held_out_of_model(self) -> list[JsonObject]:
+        """The evaluations with a held-out loss up to the saved model's: its own is the last."""
+        return self.of_model(self.held_out)
+
     @property
     def loss_ends(self) -> tuple[float, float] | None:
         """Training loss over the first and the last tenth of the steps; None for fewer than two steps."""
@@ -79,7 +88,10 @@ class RunRecord:
         found: dict[tuple[str, str], list[JsonObject]] = {}
         for sample in self.samples:
             found.setdefault((str(sample.get("source", "")), str(sample.get("prompt", ""))), []).append(sample)
-        return [PromptSamples(source, prompt, samples) for (source, prompt), samples in found.items()]
+        return [
+            PromptSamples(source, prompt, samples, last=(self.of_model(samples) or samples)[-1])
+            for (source, prompt), samples in found.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -102,10 +114,7 @@ class PromptSamples:
     source: str
     prompt: str
     samples: list[JsonObject]
-
-    @property
-    def last(self) -> JsonObject:
-        return self.samples[-1]
+    last: JsonObject  # the saved model's; of a run that goes on, the last
 
     @property
     def base(self) -> str | None:
@@ -117,8 +126,8 @@ class PromptSamples:
 
     @property
     def between(self) -> list[JsonObject]:
-        """The samples after the base's and before the last."""
-        return [sample for sample in self.samples[:-1] if sample["step"] > 0]
+        """The samples after the base's, without `last`."""
+        return [sample for sample in self.samples if sample["step"] > 0 and sample is not self.last]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -154,6 +163,11 @@ def record_of_files(
         data=objects["data"],
         compare=objects["compare"],
     )
+
+
+def up_to(lines: Sequence[JsonObject], step: int | None) -> list[JsonObject]:
+    """The lines up to a step; None: all."""
+    return [line for line in lines if step is None or line["step"] <= step]
 
 
 def tokens_per_second(step: JsonObject) -> float | None:

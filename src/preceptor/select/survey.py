@@ -71,10 +71,8 @@ def survey(
     number_N = distinct[kept]
     place_of = {number: place for place, number in enumerate(number_N.tolist())}
     representative_N = np.arange(len(number_N))
-    for index, representative in _near_representatives(prints, matches.near_N).items():
-        number, of = int(numbers[index]), int(numbers[representative])
-        if number in place_of and of in place_of:
-            representative_N[place_of[number]] = place_of[of]
+    for index, of in _near_representatives(prints, matches.near_N, np.isin(numbers, number_N)).items():
+        representative_N[place_of[int(numbers[index])]] = place_of[int(numbers[of])]
     repeated = matches.exact_N >= 0
     return Survey(
         sources=sources,
@@ -105,20 +103,28 @@ def _fingerprinted(
     return sources, rejected, numbers, prints
 
 
-def _near_representatives(prints: Fingerprints, near_N: np.ndarray) -> dict[int, int]:
-    """Example -> the example that it nearly repeats, which itself repeats none; by their places in `prints`.
+def _near_representatives(prints: Fingerprints, near_N: np.ndarray, is_kept_N: np.ndarray) -> dict[int, int]:
+    """Example -> the example that it nearly repeats, which itself repeats none; by their places in `prints`; kept ones.
 
     This is not transitive: an example that nearly repeats another one that has a representative must nearly repeat the
-    representative too, or becomes a representative itself.
+    representative too, or becomes a representative itself. For one that is not kept stands the first that is.
     """
     signature_NK = prints.signature_NK
+
+    def is_near(k: int, first: int) -> bool:
+        return bool((signature_NK[k] == signature_NK[first]).mean() >= NEAR)
+
     representative_of: dict[int, int] = {}
     for k in np.flatnonzero(near_N >= 0).tolist():
         like = int(near_N[k])
         first = representative_of.get(like, like)
-        if first == like or (signature_NK[k] == signature_NK[first]).mean() >= NEAR:
+        if first == like or is_near(k, first):
             representative_of[k] = first
-    return representative_of
+    kept = {k: first for k, first in representative_of.items() if is_kept_N[k]}
+    stands_for: dict[int, int] = {}
+    for k, first in kept.items():
+        kept[k] = first if is_kept_N[first] else stands_for.setdefault(first, k)
+    return {k: first for k, first in kept.items() if k != first and is_near(k, first)}
 
 
 def _no_signals(num_examples: int, embedding_size: int, folder: Path | None) -> ModelSignals:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.errors import CheckpointError
-from preceptor.files import read_json, read_run_file, write_json, writing
+from preceptor.files import read_json, read_run_file, sha256_of, write_json, writing
 from preceptor.trackers.sink import Sink, TrackedRun, open_sink
 
 FOLDER = "trackers"
@@ -80,7 +80,7 @@ class RunReplay:
             for line in file.read():
                 self._waiting[each].setdefault(line["step"], []).append(line)
         if not self._state:
-            begun = {"metrics": -1, "eval": -1, "attached": False, "tracker_id": None}
+            begun = {"metrics": -1, "eval": -1, "attached": None, "tracker_id": None}
             self._state = begun | self._sent().get(self._name, {})
         self._forget_sent()
         if not self._waiting["metrics"] and not self._waiting["eval"]:
@@ -103,13 +103,14 @@ class RunReplay:
             self._remember()
 
     def end(self) -> None:
-        """Send the rest, and the files of a finished run. Raises as `send`."""
+        """Send the rest, and the files of a finished run, once for each summary. Raises as `send`."""
         self.send()
-        finished = (self._folder / "summary.json").is_file()
+        summary = self._folder / "summary.json"
+        finished = summary.is_file()
         files = [file for name in ATTACHED if (file := self._folder / name).is_file() and file.stat().st_size]
-        if finished and not self._state["attached"]:
+        if finished and self._state["attached"] != (found := sha256_of(summary)):  # a lengthened run has another one
             self._opened().attach(files)
-            self._state["attached"] = True
+            self._state["attached"] = found
         if self._sink is not None:
             self._sink.close(finished)
             self._remember()

@@ -25,7 +25,7 @@ from preceptor.model.numerics import autocast
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import base_identity, tasks_sha256
+from preceptor.train.provenance import base_identity, held_out_sha256, tasks_sha256
 from preceptor.world import ONE, World, package_version
 
 _NO_ROOM = (
@@ -49,10 +49,10 @@ class Evaluations:
 
     A line of eval.jsonl has `step`; with held-out examples, `loss`, its 95 % interval over the examples in
     `loss_interval`, `bits_per_byte`, `token_accuracy`, `num_trained`, and the same in `by_source`, `by_kind`, `by_turn`
-    (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one,
-    drawn by the same seed at each evaluation. With `train.patience` a line also has the losses `by_example`, and
-    whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also of earlier sessions: an evaluation
-    that is there is not made again.
+    (held_out.py); with tasks, `tasks` (evaluate/figures.py); and `measured_on`, hashes of both. A sample has the greedy
+    `answer` and a `sampled` one, drawn by the same seed at each evaluation. With `train.patience` a line also has the
+    losses `by_example`, and whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also of
+    earlier sessions: an evaluation that is there is not made again.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class Evaluations:
         conversations = [(example, tree) for example, tree in held_out if isinstance(example, Conversation)]
         self.prompts = [first_prompt(example, tree) for example, tree in conversations[:num_samples]]
         self.held_out, self._tasks = label_targets(held_out, prepared.chat.tokenizer), prepared.tasks
+        self._measured_on = {task.name: tasks_sha256([task]) for task in self._tasks}
+        self._measured_on |= {"held_out": held_out_sha256(prepared)} if self.held_out else {}
         self._base = _base_figures(prepared, world) if prepared.tasks else None
         self._alone, self._sampling = alone, Sampling(prepared.run.eval.temperature, prepared.run.train.seed)
         own = read_json_lines(folder / "eval.jsonl") if world.is_first else []
@@ -95,7 +97,7 @@ class Evaluations:
                 measured["tasks"] = [self._measured(evaluated, task, state.step) for task in self._tasks]
             self._sample(evaluated, state.step)
         if measured:
-            line = {"step": state.step, **measured}
+            line = {"step": state.step, **measured, "measured_on": self._measured_on}
             if patience is not None:
                 line["improvement"] = improvement(self.lines, line, self._sampling.seed)
             if self._world.is_first:

@@ -3,7 +3,8 @@
 An evaluation improves on the best one before it where the difference of the held-out loss is below zero beyond chance:
 the whole 95 % interval of the paired bootstrap over held-out examples (evaluate/intervals.py). It is compared with the
 last evaluation that improved, so that small steps add up. The evaluation before the first step is the first to compare
-with, and no candidate for the best: it is the base model's.
+with, and no candidate for the best: it is the base model's. Only figures of the same held-out examples, or of the same
+task, are compared: by the hashes of a line's `measured_on`, which lines of older versions do not have.
 """
 
 import math
@@ -20,7 +21,8 @@ _LOWER_IS_BETTER = ("loss", "bits_per_byte")
 
 def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dict[str, Any]:
     """What the line after `lines` gets: whether it improves, on which step, and by how much."""
-    before = next((own for own in reversed(lines) if own.get("improvement", {}).get("improves")), None)
+    own_lines = _measured_on_the_same([*lines, line], "held_out")[:-1]
+    before = next((own for own in reversed(own_lines) if own.get("improvement", {}).get("improves")), None)
     if before is None or len(before["by_example"]["loss"]) != len(line["by_example"]["loss"]):
         return {"improves": True, "on_step": None}  # the first, or other held-out examples than before
     old, new = before["by_example"], line["by_example"]
@@ -46,6 +48,7 @@ def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str
 
 def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] | None:
     """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones. Its value is finite."""
+    lines = _measured_on_the_same(lines, best if (best := run.checkpoint.best) in run.eval.tasks else "held_out")
     found: list[tuple[float, int, float]] = []
     for line in lines:
         name, value = _figure(line, run)
@@ -54,13 +57,19 @@ def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] |
     return max(found, key=lambda each: each[0])[1:] if found else None
 
 
+def _measured_on_the_same(lines: Sequence[Evaluation], what: str | None) -> list[Evaluation]:
+    """Those that were measured on the held-out examples, or the items of a task, of the last line."""
+    known = [line.get("measured_on", {}).get(what) for line in lines]
+    return [line for line, own in zip(lines, known, strict=True) if own in (None, known[-1])]
+
+
 def _figure(line: Evaluation, run: config.Run) -> tuple[str | None, float | None]:
     """What `checkpoint.best` names in a line of eval.jsonl, and its value; of a task, its first figure."""
     best = run.checkpoint.best
     if best not in run.eval.tasks:
         return best, None if best is None else line.get(best)
-    task = line.get("tasks", ())[run.eval.tasks.index(best) :][:1]
-    return next(((name, figure["value"]) for own in task for name, figure in own["figures"].items()), (best, None))
+    figures: Mapping[str, Any] = next((own["figures"] for own in line.get("tasks", ()) if own["task"] == best), {})
+    return next(((name, figure["value"]) for name, figure in figures.items()), (best, None))
 
 
 def outcome(

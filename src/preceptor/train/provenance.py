@@ -102,9 +102,13 @@ def trees_hashes(prepared: Prepared) -> dict[str, str]:
     """What the processes of a run must have in common."""
     return {
         "examples": prepared.train.sha256,
-        "held-out examples": Dataset.of([tree for _, tree in prepared.held_out]).sha256,
+        "held-out examples": held_out_sha256(prepared),
         "tasks": tasks_sha256(prepared.tasks),
     }
+
+
+def held_out_sha256(prepared: Prepared) -> str:
+    return Dataset.of([tree for _, tree in prepared.held_out]).sha256
 
 
 def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from preceptor.files import (
     write_json_lines,
     writing,
 )
+from preceptor.report.run_record import up_to
 from preceptor.train.differences import changed_keys
 from preceptor.train.improvement import best_of
 from preceptor.train.lock import LOCK, locked
@@ -52,11 +53,12 @@ from preceptor.train.lock import LOCK, locked
 LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 WINDOWS = "windows.jsonl"
 RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
+COMPARED = ("compare.json", "items.jsonl")  # by `compare --out RUN`, of the model that is there
 REPLACED = "replaced"
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
-    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl", "trackers"),
+    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", *COMPARED, "trackers"),
     *("rejections.jsonl", WINDOWS, "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
@@ -135,7 +137,7 @@ class RunFolder:
         The run file comes last: a process that is killed before finds the shorter one there, and does all of it again.
         """
         with writing(self.path):
-            for name in (SUMMARY, REPORT):
+            for name in (SUMMARY, REPORT, *COMPARED):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / "model").is_dir():
                 remove_folder(self.path / "model")
@@ -194,7 +196,8 @@ class RunFolder:
         known = _readable(self.path / SUMMARY)
         if known:
             return known
-        steps, evaluations = (read_json_lines(self.path / name, lambda _: None) for name in LOGS[:2])
+        steps, outcome = read_json_lines(self.path / "metrics.jsonl", lambda _: None), self.record.get("outcome", {})
+        evaluations = up_to(self.evaluations, outcome.get("model_step"))
         data = read_json(self.path / "data.json")
         summary = {
             **{
@@ -204,7 +207,7 @@ class RunFolder:
             },
             "num_steps": steps[-1]["step"] if steps else 0,
             "num_skipped": self.num_skipped,
-            **self.record.get("outcome", {}),
+            **outcome,
             "held_out": evaluations[-1] if evaluations else {},
             "model_files": _files_in(self.path / "model"),
             "seconds": sum(step["seconds"] for step in steps) if seconds is None else seconds,
