@@ -76,12 +76,14 @@ def test_two_nodes(commands):
 
 
 SLURM = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}
+SLURM["SLURM_CPUS_PER_TASK"] = "64"
 
 
 def test_slurm(commands):
     found = started(["bash", LAUNCH / "slurm.sbatch", RUN, "out=a b"], commands, **SLURM)
     require_command(found, nproc="8", endpoint="node-a:29500", overrides=["out=a b"])
     assert "requeue" not in (commands / "scontrol.txt").read_text()
+    assert "--cpus-per-task=64" in (commands / "srun.txt").read_text().splitlines()
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     settings = [line.split()[1] for line in lines if line.startswith("#SBATCH")]
     assert {"--nodes=2", "--ntasks-per-node=1", "--requeue", "--signal=B:USR1@600"} <= set(settings)

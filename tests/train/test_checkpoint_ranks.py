@@ -180,7 +180,9 @@ def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path):
     def read(rank):
         said = []
         state = state_of(seed=4, on_ranks=True)
-        Checkpoints(here.folder, "this", 5, world=World.of_process_group().with_own_group()).restore(state, said.append)
+        checkpoints = Checkpoints(here.folder, "this", 5, world=World.of_process_group().with_own_group())
+        assert checkpoints.has(2) and not checkpoints.has(3)
+        checkpoints.restore(state, said.append)
         assert state.step == 2 and len(said) == 1 and "__0_0.distcp: is damaged" in said[0]
 
     on_ranks(2, read)

@@ -84,6 +84,20 @@ def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     assert lines(folder, "eval.jsonl") == lines(tmp_path / "whole", "eval.jsonl")
 
 
+def test_an_evaluation_whose_step_is_lost_does_not_cost_the_best_checkpoint(overfitting):
+    """Killed between the line of a better evaluation and its checkpoint."""
+    file, folder = overfitting
+    run = config.load(file, ["checkpoint.best=loss", "checkpoint.keep=1"])
+    with killed_at_step(3):
+        execute(prepare(run), QUIET)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
+    before, best = lines(folder, "eval.jsonl")
+    written = [before, {**best, "loss": 2e-9}, {**best, "step": 4, "loss": 1e-9}]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    execute(prepare(run), QUIET)
+    assert json.loads((folder / "summary.json").read_text())["model_step"] == 2
+
+
 def test_a_run_that_no_longer_improves_ends_early_and_says_so(overfitting, preceptor, tmp_path):
     file, folder = overfitting
     code, out, error = preceptor("train", file, "train.patience=2", "checkpoint.best=loss")

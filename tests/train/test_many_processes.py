@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from processes import run_command
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import conversations
@@ -106,6 +108,34 @@ def test_a_folder_that_one_process_does_not_see_is_refused(run_file, tmp_path):
     assert shown.count("error: process 1 of 2: ") == 1 and "does not see its lock (.lock)" in shown
     assert f"{tmp_path / 'run'}: process " in shown and "file system that all of them mount" in shown
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["null", "nf4"])
+def test_other_weights_on_one_machine_are_refused(run_file, tmp_path, base_folder, kind):
+    """Twice as large ones, which have the same codes in four bits."""
+    for rank in range(2):
+        place = shutil.copytree(base_folder, tmp_path / str(rank) / "base") / "model.safetensors"
+        weights = load_file(place)
+        save_file({name: weight * (1 + rank) for name, weight in weights.items()}, place, {"format": "pt"})
+    file = run_file(model__path="base", adapter__rank=2, model__quantization=None if kind == "null" else kind)
+    keys = ("parallel.strategy=replicate",)
+    found = run_command(2, "train", file, *keys, before=lambda rank: os.chdir(tmp_path / str(rank)))
+    shown = "".join(process.shown for process in found)
+    assert {process.code for process in found} == {5}, shown
+    assert shown.count("base: process 1 of 2 has other weights before the first step than process 0") == 1, shown
+    assert not (tmp_path / "run").exists()
+
+
+def unequal(rank):
+    """The environment of three processes, one on the first machine and two on the second."""
+    os.environ.update(LOCAL_RANK=str(max(0, rank - 1)), LOCAL_WORLD_SIZE=str(1 + (rank > 0)))
+
+
+def test_a_model_is_not_spread_over_machines_of_other_numbers_of_processes(run_file):
+    found = run_command(3, "train", run_file(), "parallel.strategy=hybrid", before=unequal)
+    shown = "".join(process.shown for process in found)
+    assert {process.code for process in found} == {2}, shown
+    assert shown.count("hybrid needs as many processes on each machine, but here they have 1 and 2") == 1, shown
 
 
 # What a run leaves --------------------------------------------------------------------------------------------------

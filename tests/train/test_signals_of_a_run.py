@@ -67,6 +67,29 @@ def test_of_several_processes_each_may_be_told_twice(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.SIGTERM in ended
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_first_signal_of_a_process_does_not_end_it_where_the_run_is_stopping_already(tmp_path, monkeypatch, size):
+    """By the file STOP, or by a signal to another process that all know of: it may be saving."""
+
+    class Told(World):
+        def max(self, *values):
+            return [max(2 * signal.SIGUSR1 if size > 1 else 0, values[0]), *values[1:]]
+
+    if size == 1:
+        (tmp_path / "STOP").touch()
+    number, ended = signal.SIGUSR1 if size > 1 else -1, []
+    with stop_on_signals() as stop, stop.while_training(tmp_path, Told(size - 1, size)):
+        stop.after_step()
+        assert stop.number == number
+        monkeypatch.setattr("preceptor.train.signals.os.kill", lambda _, number: ended.append(number))
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == number and not ended
+        assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == (size == 1)  # a second one ends it at once
+        monkeypatch.setattr("preceptor.train.signals._SAME_SECONDS", 0.0)
+        stop.receive(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+
+
 def test_in_another_thread_no_signal_is_heard():
     heard = []
 

@@ -174,6 +174,25 @@ def test_a_model_that_reads_conversations_alone_does_so_in_every_window(streamed
     assert loader.position.window > 1 and all(sequence.alone for batch in batches for sequence in batch)
 
 
+def test_machines_of_other_numbers_of_processes_each_render_their_stream(streamed, tmp_path):
+    """One process on the first machine, two on the second: each has the windows of its own machine."""
+
+    def before(rank):
+        os.environ.update(LOCAL_RANK=str(max(0, rank - 1)), LOCAL_WORLD_SIZE=str(1 + (rank > 0)))
+        opens = stream.Windows.__init__
+
+        def noting(windows, spool, *arguments):
+            (tmp_path / f"process {rank}").write_text(str(spool))
+            opens(windows, spool, *arguments)
+
+        stream.Windows.__init__ = noting
+
+    found = run_command(3, "train", streamed(), "parallel.strategy=replicate", before=before)
+    assert [process.code for process in found] == [0, 0, 0], found
+    first, second, third = [(tmp_path / f"process {rank}").read_text() for rank in range(3)]
+    assert first != second == third
+
+
 def test_two_processes_see_the_same_windows_and_one_finishes_their_run(streamed, tmp_path, preceptor, monkeypatch):
     file = streamed()
     assert preceptor("train", file, f"out={tmp_path / 'one'}")[0] == 0

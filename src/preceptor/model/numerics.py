@@ -5,6 +5,7 @@ precision before it can be added to a float32 gradient. Random numbers are a fun
 every device, and no generator has a state.
 """
 
+import hashlib
 import zlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from preceptor.errors import ModelError
 from preceptor.model.sizes import device_type_of, is_dry_run
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+_PART = 1 << 24  # elements that are summed at a time: torch makes an int64 copy of them
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -74,6 +78,18 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
             num = tensor.numel() - int(tensor.isfinite().sum())
             return f"{name} holds {num:,} value{'s' * (num != 1)} of {tensor.numel():,} that are NaN or infinite"
     return None
+
+
+@torch.no_grad()
+def hash_of_bits(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names, shapes, dtypes and of the sum of each tensor's bits as integers: one pass, to tell models apart."""
+    about, sums = [], []
+    for name, tensor in named:
+        bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+        sums.append([part.sum(dtype=torch.int64) for part in bits.split(_PART)])
+        about.append((name, tuple(tensor.shape), str(tensor.dtype)))
+    found = [(*own, sum(map(int, parts))) for own, parts in zip(about, sums, strict=True)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def random_key(*parts: object) -> int:

@@ -17,7 +17,7 @@ from preceptor.files import readable_bytes
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, stored_dtype
-from preceptor.model.numerics import cpu_bfloat16_feature, first_not_finite, resolve_precision
+from preceptor.model.numerics import cpu_bfloat16_feature, first_not_finite, hash_of_bits, resolve_precision
 from preceptor.model.optimisations import install
 from preceptor.model.options import LoraOptions, lr_factors
 from preceptor.model.parts import choose_trained, freeze_towers, require_stop_token_learned
@@ -124,6 +124,12 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
                 f"parallel.strategy: {asked}, but each process holds a whole live model; give the model by its path"
             )
         run = run.model_copy(update={"parallel": run.parallel.model_copy(update={"strategy": "replicate"})})
+    on_machines = sorted(set(world.gather(world.local_size)))
+    if asked == "hybrid" and len(on_machines) > 1:
+        raise ConfigError(
+            "parallel.strategy: hybrid needs as many processes on each machine, but here they have "
+            f"{' and '.join(map(str, on_machines))}; use `shard`"
+        )
     if world.is_first:
         found = place_on_ranks(
             run,
@@ -132,7 +138,7 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
             len(prepared.chat.tokenizer),
             process_device(device, world),
             world.size,
-            world.local_size,
+            world.local_size if len(on_machines) == 1 else world.size,  # no `hybrid`
         )
         require_room_to_read(run, device, 1 if found.strategy != "replicate" else world.local_size)
         world.publish("placement", asdict(found))
@@ -226,13 +232,30 @@ def build(
             say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
     if kind := run.model.quantization:
         precision = resolve_precision(run.train.precision, device)
+        _require_same_values(model, run, placement, world)  # whose scales are no parameters afterwards
         quantize_base(model, kind, bool(run.model.double_quantization), prepared.loader(), precision, device, say)
     if run.adapter is not None:
         new_token_ids = {*chat.added.values(), *untrained.values()}
         model = _adapted(model, run, new_token_ids, chat.tokenizer, has_values and first_values, say)
+    _require_same_values(model, run, placement, world)
     if held is not None:
         held.keep(model, sorted(untrained.values()))
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
+
+
+def _require_same_values(model: Any, run: config.Run, placement: Placement | None, world: World) -> None:
+    """Raises ModelError where processes that each hold a whole model hold other values of it."""
+    if placement is None or placement.strategy != "replicate":
+        return
+    of_ranks = world.gather(hash_of_bits(model.named_parameters()))
+    others = [str(rank) for rank, sha256 in enumerate(of_ranks) if sha256 != of_ranks[0]]
+    if others:
+        raise ModelError(
+            f"{run.model.path}: process{'es' * (len(others) > 1)} {', '.join(others)} of {world.size} "
+            f"{'has' if len(others) == 1 else 'have'} other weights before the first step than process 0. Give all "
+            "nodes the same files (of the Hub: the same model.revision) and versions of the packages, or let the first "
+            "process read the model for all (parallel.strategy: shard, without model.quantization)"
+        )
 
 
 def _adapted(model: Any, run: config.Run, new_token_ids: set[int], tokenizer: Any, first_values: bool, say: Say) -> Any:
@@ -312,7 +335,7 @@ def _spread(
     if placement is None:
         install(model, engine)
         return model
-    mesh = device_mesh(placement.strategy, device.type, world.size, world.local_size)
+    mesh = device_mesh(placement.strategy, device.type, world.size, placement.num_parts)
     if placement.strategy != "replicate":
         return shard_from_first(model, engine, mesh, placement.regathers, device)
     install(model, engine)

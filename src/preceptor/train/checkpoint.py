@@ -135,7 +135,7 @@ class Checkpoints:
         """
         self.wait()
         if self.has(state.step):
-            self._prune(self.keep, state.step)  # another one may be the best now
+            self.prune(state.step)  # another one may be the best now
             return
         require_finite(state)
         content, num_bytes = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer)
@@ -174,9 +174,9 @@ class Checkpoints:
         except CheckpointError as error:
             if not is_full(error) or len(self.found()) < 2:
                 raise
-            self._prune(1, manifest["step"])
+            self.prune(manifest["step"], keep=1)
             self._write(content, num_bytes, manifest)
-        self._prune(self.keep, manifest["step"], passed_over=True)
+        self.prune(manifest["step"], passed_over=True)
 
     def _write(self, content: Content, num_bytes: int, manifest: Mapping[str, Any]) -> None:
         """Every rank its part, into a folder beside the place; then the first rank renames it."""
@@ -207,22 +207,22 @@ class Checkpoints:
             files = [path for path in partial.iterdir() if path.name.startswith(f"__{self.world.rank}_")]
             return describe_files(partial, sorted(files + [partial / ".metadata"] * self.world.is_first))
 
-    def _prune(self, keep: int, step: int, passed_over: bool = False) -> None:
+    def prune(self, step: int, keep: int | None = None, passed_over: bool = False) -> None:
         """Delete all but the newest `keep` of those up to `step`, and the best. passed_over: also all later ones."""
 
-        def prune() -> None:
+        def delete() -> None:
             found = self.found()
             until = [path for path in found if path <= self._place(step)]
-            kept = until[-keep:] + ([] if self.best is None else [self._place(self.best)])
+            kept = until[-(keep or self.keep) :] + ([] if self.best is None else [self._place(self.best)])
             for path in found:
                 if path not in kept and (passed_over or path in until):
                     with writing(path):
                         remove_folder(path)
 
-        self.world.first(prune)
+        self.world.first(delete)
 
     def has(self, step: int) -> bool:
-        """Whether there is an undamaged one of this step, on the disk."""
+        """Whether there is an undamaged one of this step, on the disk. Each rank looks at its share of the hashes."""
 
         def look() -> bool:
             try:
@@ -230,12 +230,13 @@ class Checkpoints:
             except CheckpointError:
                 return False
 
-        return self.world.first(look)
+        return all(self.world.together(look))
 
     def restore(self, state: State, say: Callable[[str], None]) -> None:
         """Bring `state` to the newest undamaged checkpoint, bit for bit; `say` why newer ones are passed over.
 
-        Without any checkpoint `state` stays at step 0. Raises CheckpointError if there are some and none can be read.
+        Deletes none: the best is known when the log of evaluations ends at that step. Without any checkpoint `state`
+        stays at step 0. Raises CheckpointError if there are some and none can be read.
         """
         found, reasons = self.world.first(self.found), []
         for place in reversed(found):
@@ -248,7 +249,6 @@ class Checkpoints:
             state.step, position = int(manifest["step"]), manifest.get("position")
             state.position = None if position is None else Position.from_json(position)
             state.has_optimizer = manifest.get("optimizer", True)
-            self._prune(self.keep, state.step)
             return
         if found:
             raise CheckpointError(

@@ -183,7 +183,7 @@ def _windows(
                 f"{source.source.path}: {source.source.code}: a stream is read by another process, which cannot have a "
                 "function that this program holds; write it to a file and name it: code: FILE.py:FUNCTION"
             )
-    node = f"stream of machine {world.rank // world.local_size}"
+    node = f"stream of the machine of process {world.rank - world.local_rank}"  # not all may have as many processes
     if world.local_rank:
         return Windows(Path(world.published(node)))
     folder = None if cache is None else cache.folder

@@ -194,6 +194,7 @@ class Training:
             say(f"lengthened to {counted(self._num_steps, 'step')}; goes on after step {state.step:,}")
         world.first(lambda: folder.go_on(state.step, session(state.model.device, world.size), say))
         self._checkpoints.best = world.first(lambda: folder.best_step(run))  # of the evaluations up to there
+        self._checkpoints.prune(state.step)
 
     def _end(self, ended: bool) -> None:
         """Record how the training ended; give the model the weights that are to be saved, where they are not the last.

@@ -56,22 +56,21 @@ class StopRequest:
         self._listened = listened or {}
         self._raises = True
         self._process = os.getpid()
-        self._told = 0.0
+        self._told: float | None = None  # when this process itself got its first signal
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        if self.number is None and self._world.size > 1:
-            self._told = time.monotonic()
-        elif self._world.size > 1 and time.monotonic() - self._told < _SAME_SECONDS:
+        before, self._told = self._told, self._told or time.monotonic()
+        if before is not None and self._world.size > 1 and time.monotonic() - before < _SAME_SECONDS:
             return
-        else:
+        if before is not None or self._world.size == 1:
             for each, handler in self._listened.items():
                 signal.signal(each, handler)
-        if self.number is not None:  # a second one, after handlers were kept for the first
+        if before is not None:  # a second one, after handlers were kept for the first
             os.kill(os.getpid(), number)
         if os.getpid() != self._process:  # forked to render data: nothing to save
             os.kill(os.getpid(), number)
-        self.number = number
-        if self._raises:
+        told_before, self.number = self.number is not None, self.number or number  # by another rank, or by the file
+        if self._raises and not told_before:
             raise Stopped(number)
         name = signal.Signals(number).name
         if self._world.is_first:
