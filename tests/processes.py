@@ -7,6 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 
+import torch
 from children import exit_code_of
 from ranks import set_environment, world_store
 
@@ -52,6 +53,8 @@ def _command(arguments, before, rank):
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     from preceptor import cli
 
+    # OpenMP hangs in a forked process that starts threads where its parent had some; tests have one thread.
+    torch.set_num_threads = lambda num: None
     sys.argv = ["preceptor", *map(str, arguments)]
 
     def work():
