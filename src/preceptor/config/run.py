@@ -58,7 +58,7 @@ class Run(Section):
     replay: Replay | None = None
     """Absent: only `data.train` is trained on."""
     engine: EngineMode = "auto"
-    """`auto`: decoder layers `compiled` on a GPU, if it can; else `efficient` modules in them. `plain`: all is off."""
+    """`auto`: `compiled` decoder layers on a GPU where possible, else `efficient` modules. `plain`: no optimisation."""
     tracker: Tracker | list[Tracker] = Field(default_factory=list)
     """Where the run's record is sent as it comes: tensorboard, trackio, mlflow, wandb, or a list (docs/tools.md)."""
     out: Path_
