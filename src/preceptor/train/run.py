@@ -37,7 +37,7 @@ from preceptor.train.evaluations import Evaluations
 from preceptor.train.finish import finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
-from preceptor.train.optimizer import optimizer_memory, require_host_memory
+from preceptor.train.optimizer import compile_update, optimizer_memory, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, record_of_first, session, write_start
@@ -148,6 +148,8 @@ class Training:
         self._checkpoints = _checkpoints(folder, run, record, world)
         self._require_room()
         require_host_memory(self._state.optimizer, world.local_size)
+        if run.engine != "plain":
+            compile_update(self._state.optimizer, device, say)
         reserved = optimizer_memory(self._state.optimizer)
         loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved)
         self._loader, self._num_steps = loader, run.train.duration.steps(loader.steps_per_epoch)
