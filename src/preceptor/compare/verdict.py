@@ -44,6 +44,12 @@ def short_name(task: str) -> str:
     return Path(task.removeprefix("scholar:")).name.partition(".")[0]
 
 
+def is_finite(entry: Mapping[str, Any]) -> bool:
+    """Whether the headline metric of both models is finite; null in a JSON file where it is not."""
+    figures = entry["figures"][HEADLINES[entry["kind"]].name]
+    return all(figures[side]["value"] is not None for side in ("base", "tuned", "difference"))
+
+
 def change(entry: Mapping[str, Any]) -> int:
     """1: better than before, -1: worse, 0: not distinguishable from zero."""
     metric = HEADLINES[entry["kind"]]
