@@ -175,6 +175,7 @@ def test_figures_of_a_comparison_that_are_not_finite_are_shown_as_such(tmp_path)
     shift = {**COMPARE["shift"], "mean_kl": nothing | {"num": 3}}
     shift["by_position"] = [{**place, "mean_kl": None} for place in shift["by_position"][:1]] + shift["by_position"][1:]
     compare = COMPARE | {"tasks": [compared("tax", -0.01, 0.03), task], "shift": shift}
+    shift["answers"] = [{**COMPARE["shift"]["answers"][0], "kls": [None, 0.5, 0.1, 0.0]}]
     for sides in (("tuned", "difference"), ("base", "difference")):
         task["figures"]["bits_per_byte"] = {**figure, **{side: nothing | {"num": 60} for side in sides}}
         record = read_run(write_run(tmp_path / "a", compare=compare))
@@ -182,7 +183,7 @@ def test_figures_of_a_comparison_that_are_not_finite_are_shown_as_such(tmp_path)
         assert page.count("not finite</td>") == 3, "two figures of the task, and the mean KL"
         errors = [finding.seen for finding in judge(record).findings if finding.level == "error"]
         assert errors == ["`preceptor compare` measured figures that are not finite: library.txt."]
-        assert "not finite" in "\n".join(_evaluation(record)) and "NaN" not in page
+        assert "not finite" in "\n".join(_evaluation(record)) and "NaN" not in page and "KL not finite" in page
 
 
 def test_the_worst_comes_first_and_makes_the_headline(tmp_path):

@@ -117,4 +117,5 @@ def _pieces(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield text, "added", "the base lacks this token"
         else:
             name = CLASSES[(rank >= MARGINAL) + (rank >= SHIFTED)]
-            yield text, name, f"{name}: rank {rank:,} under the base, probability {prob:.4f}, KL {kl:.3f} nats"
+            about = f"probability {in_figures(prob)}, KL {in_figures(kl, '.3f')} nats"
+            yield text, name, f"{name}: rank {rank:,} under the base, {about}"
