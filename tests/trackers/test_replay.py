@@ -188,6 +188,12 @@ def test_what_a_tracker_had_not_stored_is_sent_again(run, tracker):
     run.train(5, 5)
     RunReplay(run.path, "tensorboard").send()
     assert tracker.got == [*trained(3, 4), *evaluated(4), *trained(5, 5)]
+    tracker.last_step = 3
+    tracker.got.clear()
+    run.finish()
+    RunReplay(run.path, "tensorboard").end()
+    files = ["report.html", "summary.json", "config.yaml", "samples.jsonl"]
+    assert tracker.got == [*trained(4, 4), *evaluated(4), *trained(5, 5), files, "finished"], "also at the end"
 
 
 def test_an_evaluation_is_sent_no_earlier_than_its_step(run, tracker, monkeypatch):
@@ -438,40 +444,46 @@ def test_mlflow_gets_a_step_in_one_request(run, mlflow):
 
 
 class WandbStandIn(ModuleType):
-    """W&B: rows with a step of its own, by which it drops what lies behind; and its summary."""
+    """W&B: rows by a step of its own, of which it drops those that lie behind; and its summary. Offline it knows none.
 
-    def __init__(self):
+    rows: its own step, and the values.
+    """
+
+    def __init__(self, offline):
         super().__init__("wandb")
-        self.rows, self.next, self.saved, self.metrics, self.url, self.named = [], 0, [], {}, "there", None
+        self.offline, self.rows, self.step, self.saved, self.metrics, self.url = offline, [], 0, [], {}, "there"
         self.Settings, self.Table = dict, lambda columns, data: data
 
     def init(self, **options):
-        self.named = options["name"]
+        self.step = 0 if self.offline else self.step
         return self
 
     @property
     def summary(self):
-        steps = [row["step"] for row in self.rows if "step" in row]
-        return {"step": {"max": max(steps)}} if steps and self.metrics["step"] == {"summary": "max"} else {}
+        steps = [values["step"] for _, values in self.rows if "step" in values]
+        known = steps and not self.offline and self.metrics["step"] == {"summary": "max"}
+        return {"step": {"max": max(steps)}} if known else {}
 
     def define_metric(self, name, **options):
         self.metrics[name] = options
 
-    def log(self, values, step=None):
-        if step is None or step >= self.next:
-            self.next = (self.next if step is None else step) + (step is None)
-            self.rows.append(values)
+    def log(self, values, step=None, commit=None):
+        step = self.step if step is None else step
+        if step >= self.step:
+            self.rows.append((step, values))
+            self.step = step + bool(commit)
 
     def save(self, path, base_path, policy, glob=True):
         assert not glob, "a folder's name may have characters of a pattern"
         self.saved.append(path)
 
     def finish(self, exit_code):
-        self.next += 1
+        self.step += 1
 
 
-def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, monkeypatch):
-    wandb = WandbStandIn()
+@pytest.mark.parametrize("offline", [False, True])
+def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, monkeypatch, offline):
+    wandb = WandbStandIn(offline)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delitem(sys.modules, "preceptor.trackers.wandb_sink", raising=False)
     run.evaluate(0)
@@ -485,9 +497,11 @@ def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, m
     assert follower.send_all(run.path, ["wandb"], print)
     sys.modules.pop("preceptor.trackers.wandb_sink", None)
     assert wandb.metrics["*"] == {"step_metric": "step"}
-    assert [row["step"] for row in wandb.rows if "train/loss" in row] == list(range(1, 9))
+    assert [values["step"] for _, values in wandb.rows if "train/loss" in values] == list(range(1, 9))
     for key in ("eval/loss", "samples"):
-        assert [row["step"] for row in wandb.rows if key in row] == [0, 6]
+        assert [values["step"] for _, values in wandb.rows if key in values] == [0, 6]
+    rows = [step for step, _ in wandb.rows]
+    assert rows == sorted({*rows}), "one after the other, in both sessions"
     assert str(run.path / "report.html") in wandb.saved
 
 

@@ -114,7 +114,9 @@ class RunReplay:
         files = [file for name in ATTACHED if (file := self._folder / name).is_file() and file.stat().st_size]
         try:
             if finished and self._state["attached"] != (found := sha256_of(summary)):  # a lengthened run: another one
-                self._opened().attach(files)
+                sink = self._opened()
+                self.send()  # what it turns out not to have
+                sink.attach(files)
                 self._state["attached"] = found
         finally:
             if self._sink is not None:

@@ -10,6 +10,7 @@ import wandb
 from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
 
 _STEP = "step"  # a value like others: W&B drops what is logged at a step of its own that lies behind
+_ROWS = 3  # of a step: its figures, its evaluation, its samples
 
 
 class WandbSink:
@@ -28,16 +29,23 @@ class WandbSink:
         )
         self._run.define_metric(_STEP, summary="max")
         self._run.define_metric("*", step_metric=_STEP)
+        self._next_row = max(self._run.step, _ROWS * run.next_step)
         self.last_step: int | None = (self._run.summary.get(_STEP) or {}).get("max")
         offline = os.environ.get("WANDB_MODE") == "offline" or self._run.url is None
         self.where = f"wandb sync {folder}/offline-run-*" if offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({**values, _STEP: step})
+        self._log(step, values)
 
     def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         columns, rows = table_of(lines)
-        self._run.log({"samples": wandb.Table(columns=columns, data=rows), _STEP: step})
+        self._log(step, {"samples": wandb.Table(columns=columns, data=rows)})
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        """A row. W&B's own step numbers the rows; it rises, also over the sessions of a run that is offline."""
+        row = max(self._next_row, _ROWS * step)
+        self._run.log({**values, _STEP: step}, step=row, commit=True)
+        self._next_row = row + 1
 
     def attach(self, files: Sequence[Path]) -> None:
         for file in files:
