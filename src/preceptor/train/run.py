@@ -212,7 +212,7 @@ class Training:
             self.say(
                 f"the checkpoint of step {best}, the best by {run.checkpoint.best}, is not there: the last is saved"
             )
-            found = {**found, "model_step": step}
+            found = {key: value for key, value in found.items() if key != "best"} | {"model_step": step}
         may_go_on = run.checkpoint.every is not None and may_be_lengthened(run)
         if found["model_step"] != step or may_go_on:
             checkpoints.save(self._state)
