@@ -101,6 +101,31 @@ def test_the_performance_page_and_sentence_say_what_was_measured():
     assert module.SENTENCE.search(README).group() == module.sentence(), "run python docs/make_performance.py"
 
 
+def test_speed_and_memory_beside_another_trainer_are_of_the_same_configurations():
+    def entry(side, precision, how, seconds, peak):
+        return {"side": side, "precision": precision, "how": how, "peak_bytes": peak} | (
+            {"seconds": seconds} if seconds else {}
+        )
+
+    measured = [
+        entry("ours", "float32", "1024", 6.0, 30),
+        entry("ours", "bfloat16", "1024", 5.0, 20),
+        entry("ours", "bfloat16", "4096", 4.0, 50),
+        entry("theirs", "float32", "single", 8.0, 40),
+        entry("theirs", "bfloat16", "single", 12.0, 100),
+        entry("theirs", "bfloat16", "padded", None, 10),
+    ]
+    module = made_by("make_performance")
+    found = {name: module.pair({"measured": measured}, *of) for name, of in module.PAIRS.items()}
+    assert found == {
+        "float32": module.Pair("1024, float32", "single, float32", 8 / 6, 30 / 40),
+        "bfloat16": module.Pair("4096, bfloat16", "single, bfloat16", 12 / 4, 50 / 100),
+        "bfloat16 over any": module.Pair("4096, bfloat16", "single, float32", 8 / 4, 50 / 40),
+    }
+    leanest = module.pair({"measured": measured}, None, None, "peak_bytes")
+    assert leanest == module.Pair("1024, bfloat16", "single, float32", 8 / 5, 20 / 40)
+
+
 def test_the_table_in_the_readme_says_what_was_measured():
     found = json.loads((ROOT / "benchmarks" / "results" / "first_run.json").read_text(encoding="utf-8"))
 
