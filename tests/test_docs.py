@@ -30,6 +30,23 @@ def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
 
+def test_the_run_file_page_names_the_values_of_every_key():
+    text = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in text.splitlines() if re.match(r"\| `\w", line)]
+    assert {len(row) for row in rows} == {4} and all(all(row) for row in rows)
+    shown = {(key.strip("`"), default): allowed for key, allowed, default, _ in rows}
+    assert shown["overflow", "`reject`"] == "`reject`, `truncate_context`, `split`"
+    assert shown["activation_checkpointing", "`none`"] == "`none`, `all` or integer ≥ 1"
+    assert shown["save_dtype", "`null`"] == "`float32`, `bfloat16`, `float16`"
+    assert shown["betas", "`[0.9, 0.95]`"] == "list of 2 numbers ≥ 0, < 1"
+    assert shown["every", "`10 minutes`"] == "duration or `null`"
+    assert shown["limit", "`200`"] == "integer ≥ 1 or `null`"
+    assert shown["chat_template_kwargs", "`{}`"] == "mapping"
+    assert shown["alpha_pattern", "`{}`"] == "mapping of names to numbers > 0"
+    assert shown["offload", "`false`"] == "`true`, `false`"
+    assert shown["train", "required"] == "list of sources" and shown["path", "required"] == "path"
+
+
 RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_file())
 
 
