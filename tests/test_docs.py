@@ -178,6 +178,12 @@ def test_the_page_on_names_of_other_trainers_is_made_from_their_table():
     assert page == made_by("make_migration_page").page(), "run python docs/make_migration_page.py"
 
 
+def test_the_table_of_rejections_is_made_from_the_advice():
+    module = made_by("make_codes")
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert module.TABLE.search(page).group() == module.table(), "run python docs/make_codes.py"
+
+
 def test_the_page_on_models_says_what_was_measured():
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == made_by("make_models_page").page()
 
