@@ -7,11 +7,13 @@ import re
 import statistics
 from pathlib import Path
 
+import matplotlib
 import pytest
 from children import program
 from test_architecture import FLOORS
 
 import first_run
+import study_plots
 from preceptor import config
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +184,20 @@ def test_the_table_of_rejections_is_made_from_the_advice():
     module = made_by("make_codes")
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert module.TABLE.search(page).group() == module.table(), "run python docs/make_codes.py"
+
+
+def test_the_pictures_that_need_no_run_are_what_their_makers_draw():
+    (version,) = re.findall(
+        r"^matplotlib==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if matplotlib.__version__ != version:
+        pytest.skip(f"drawn by matplotlib {version}")
+    pictures = made_by("make_pictures")
+    study = json.loads((ROOT / "benchmarks" / "results" / "study.json").read_text(encoding="utf-8"))
+    drawn = {f"pictures/{name}.svg": getattr(pictures, name)() for name in ("attention", "packing", "memory")}
+    drawn |= {f"study/{name}": svg for name, svg in study_plots.plots(study).items()}
+    old = [name for name, svg in drawn.items() if (ROOT / "docs" / name).read_text(encoding="utf-8") != svg]
+    assert old == [], "run python docs/make_pictures.py, and python experiments/study.py --page"
 
 
 def test_the_page_on_models_says_what_was_measured():
