@@ -28,11 +28,22 @@ def test_a_run_that_went_well_is_not_suspected(tmp_path):
 HELD_OUT = {"held_out": {"num_examples": 20, "num_rejected": 0}}
 
 
+def test_what_is_proved_trained_and_measured_is_counted_apart(tmp_path):
+    """A source's `weight` and `count` choose among the examples that are proved."""
+    data = DATA | HELD_OUT | {"examples_per_epoch": 50, "num_held_out": 7}
+    said = " ".join(finding.seen for finding in judged(tmp_path / "a", data=data).findings)
+    assert "so are the 20 held-out ones: 50 are trained in an epoch, 7 are measured." in said
+    stream = DATA | {"examples_per_epoch": None}
+    said = " ".join(finding.seen for finding in judged(tmp_path / "b", data=stream).findings)
+    assert "All 100 examples are proved to be exactly what inference will see." in said
+
+
 def test_examples_to_train_on_and_held_out_ones_are_counted_apart(tmp_path):
     record = read_run(write_run(tmp_path / "a", data=DATA | HELD_OUT))
     assert facts(record)["examples in the data"] == "80 to train on, 20 held out"
     said = " ".join(finding.seen for finding in judge(record).findings)
-    assert "All 80 examples are trained exactly as inference will see them, and so are the 20 held-out ones." in said
+    proved = "All 80 examples are proved to be exactly what inference will see, and so are the 20 held-out ones: "
+    assert f"{proved}100 are trained in an epoch." in said
     data = DATA | {"held_out": {"num_examples": 20, "num_rejected": 2}}
     record = read_run(write_run(tmp_path / "b", data=data, rejections=REJECTED))
     assert facts(record)["rejected"] == "6, 2 of them held out"

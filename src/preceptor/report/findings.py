@@ -361,7 +361,10 @@ def _rejected(run: RunRecord) -> Iterator[Finding]:
             yield Finding(level, seen, advice)
     if not run.rejections:
         also = f", and so are the {counts.held_out:,} held-out ones" if counts.held_out else ""
-        yield Finding("good", f"All {counts.train:,} examples are trained exactly as inference will see them{also}.")
+        known = (("examples_per_epoch", "trained in an epoch"), ("num_held_out", "measured"))
+        used = ", ".join(f"{run.data[key]:,} are {done}" for key, done in known if run.data.get(key))
+        proved = f"All {counts.train:,} examples are proved to be exactly what inference will see{also}"
+        yield Finding("good", f"{proved}{': ' * bool(used)}{used}.")
 
 
 def _tax(run: RunRecord) -> Iterator[Finding]:
