@@ -178,6 +178,69 @@ def test_commands_that_hold_no_run_of_sft(tmp_path, text, says):
         converted(tmp_path, text, "a.sh")
 
 
+SFT = "trl sft --model_name_or_path m --learning_rate 2e-5 --output_dir out/sft"
+FACTORY = "llamafactory-cli train --stage sft --model_name_or_path m --dataset d --output_dir out --learning_rate 1e-4"
+
+
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [
+        (f"{SFT}\ntrl dpo --model_name_or_path out/sft --learning_rate 5e-7\n", ["trl dpo"]),
+        (f"{SFT}\npython merge.py --base m --output_dir merged\n", ["python merge.py"]),
+        (f"python3 prepare.py --output_dir data && {SFT} && echo done\n", ["python3 prepare.py"]),
+        (f"python eval.py --model_name_or_path out; {SFT} & wait\n", ["python eval.py"]),
+        (f"pip install --upgrade trl\nmkdir -p out | cat\n{SFT} 2>&1 | tee train.log\n", []),
+        (f"{SFT} > log.txt\n", []),
+        (f"nohup {SFT} &> 'the log.txt' &\n", []),
+        (f"if [ -d x ]; then {SFT}; fi\n", []),
+        (f"python -m torch.distributed.run -m trl.scripts.{SFT.removeprefix('trl ')}\n", []),
+    ],
+)
+def test_of_several_commands_the_one_that_trains_is_read(tmp_path, text, others):
+    found = converted(tmp_path, text, "a.sh")
+    assert (found.tree["model"]["path"], found.tree["out"]) == ("m", "out/sft")
+    assert found.tree["optimizer"]["learning_rate"] == 2e-5
+    assert [key for key, why in found.notes if "another command" in why] == others
+    assert not [why for _, why in found.notes if "not known" in why]
+
+
+def test_flags_of_a_script_after_training_are_none_of_training(tmp_path):
+    found = converted(tmp_path, f"{FACTORY}\n\npython3 merge_lora.py --adapter_path out --template qwen3\n", "a.sh")
+    assert found.tree["model"]["path"] == "m" and found.tree["optimizer"]["learning_rate"] == 1e-4
+    assert "chat_template" not in notes_of(found) and "python3 merge_lora.py" in notes_of(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{SFT}\n{SFT}\n",
+        f"{FACTORY} && {FACTORY}",
+        "python a.py --x 1\npython b.py --x 2\n",
+        "python a.py --x 1\npython $RUN --model_id m\n",
+    ],
+)
+def test_which_of_several_commands_trains_is_not_guessed(tmp_path, text):
+    name = " ".join(text.split()[:2])
+    with pytest.raises(ConfigError, match=rf"holds several commands \({name}[^;]*; .*: write the one that trains into"):
+        converted(tmp_path, text, "a.sh")
+
+
+def test_a_script_that_a_variable_names(tmp_path):
+    found = converted(tmp_path, f"RUN=train.py\npython $RUN {SFT.removeprefix('trl sft')}\n", "a.sh")
+    assert found.tree["model"]["path"] == "m"
+
+
+def test_processes_of_a_module_count(tmp_path):
+    text = "torchrun --nproc_per_node 4 -m trl.scripts.sft --model_name_or_path m --max_steps 100 >log.txt\n"
+    found = converted(tmp_path, text, "a.sh")
+    assert found.tree["train"]["batch_size"] == 32 and found.tree["train"]["duration"] == "100 steps"
+
+
+def test_a_value_of_several_lines_breaks_no_comment(tmp_path):
+    found = converted(tmp_path, "trl sft --model_name_or_path m --run_name \"a\n$X: 1\" --output_dir 'o;1'\n", "a.sh")
+    assert yaml.safe_load(found.text("a.sh")) == found.tree and found.tree["out"] == "o;1"
+
+
 def test_a_checkout_is_tried_and_counted(tmp_path):
     (tmp_path / "trl" / "scripts").mkdir(parents=True)
     (tmp_path / "trl" / "scripts" / "sft.py").write_text("")

@@ -91,7 +91,9 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     }
     given.missing = [key for key, is_there in needed.items() if not is_there]
     done = ("nothing to set", "remove the key")  # what needs no action comes last
-    given.notes = sorted(dict.fromkeys(given.notes), key=lambda note: note[1].endswith(done))
+    given.notes = sorted(
+        dict.fromkeys(given.notes), key=lambda note: (not given.changes(*note), note[1].endswith(done))
+    )
     return given
 
 
@@ -135,9 +137,8 @@ def _set_quantization(given: Conversion, lora: bool) -> None:
     if kind is None:
         return
     if not lora:
-        given.note("quantization", "quantized weights need an adapter: all weights are trained here")
         why = "a quantized model can only be trained with an adapter: give peft_config=LoraConfig(...)"
-        given.unoffered.append(("quantization", why))
+        given.not_offered("quantization", why, "; all weights are trained here, and not quantized")
         return
     given.set("model.quantization", kind)
     given.set("model.dtype", "bfloat16")

@@ -11,6 +11,10 @@ from preceptor.errors import short
 
 T = TypeVar("T")
 
+_HEADINGS = {
+    True: "# Not offered, so that something else is trained than there:",
+    False: "# Not carried over, or not as it was:",
+}
 _OF_LOADING = {
     "TRL": ("model_init_kwargs", "quantization_config"),
     "Unsloth": ("model_init_kwargs", "quantization_config"),
@@ -120,10 +124,16 @@ class Conversion:
         self.note(key, why + instead)
         self.unoffered.append((key, why))
 
+    def changes(self, key: str, why: str) -> bool:
+        """Whether a note is on one of `unoffered`."""
+        return any(key == own and why.startswith(reason) for own, reason in self.unoffered)
+
     def text(self, source: str) -> str:
         """The run file, with the notes as comments."""
         lines = [f"# Made by `preceptor convert` from {source} ({self.peer})."]
         lines += [f"# To be filled in: {key}" for key in self.missing]
-        if self.notes:
-            lines += ["# Not carried over, or not as it was:", *(f"#   {key}: {why}" for key, why in self.notes)]
+        for changes, heading in _HEADINGS.items():
+            own = [f"#   {key}: {why}" for key, why in self.notes if self.changes(key, why) == changes]
+            lines += [heading, *own] if own else []
+        lines = [" ".join(line.splitlines()) for line in lines]  # each is one comment
         return "\n".join(lines) + "\n" + dump_yaml(self.tree)

@@ -127,9 +127,10 @@ def set_optimizer(given: Conversion) -> None:
     rule = "adamw" if named is None else optimizer_name(str(named))
     if rule is None:
         why = f"{short(named)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-        given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
-        given.unoffered.append(("optim", why))
+        key = "optim" if "optim" in given.settings else "optimizer"
+        given.not_offered(key, why, "; it is adamw here, which needs another learning rate")
     given.set("optimizer.name", None if rule == "adamw" else rule)
+    given.takes("adam_epsilon", 1e-8)  # as here
     betas = [given.number(key, given.value(key)) for key in ("adam_beta1", "adam_beta2")]
     given.set("optimizer.betas", None if None in betas or rule in ("adafactor", "sgd") else betas)
     given.set("optimizer.momentum", 0.0 if rule == "sgd" else None)
