@@ -287,6 +287,38 @@ def test_files_of_a_data_set_of_the_hub():
     assert paths == ["hf://datasets/own/set/a.jsonl", "hf://datasets/own/set/b/c.parquet"]
 
 
+@pytest.mark.parametrize(
+    ("peer", "entry", "is_named"),
+    [
+        ("Axolotl", {"path": "json", "data_files": "a.jsonl", "split": "train[:1%]", "type": "chat_template"}, True),
+        ("Axolotl", {"path": "json", "data_files": "a.jsonl", "split": "train+test", "type": "chat_template"}, True),
+        ("Axolotl", {"path": "json", "data_files": "a.jsonl", "split": "train_sft", "type": "chat_template"}, False),
+        ("TRL", {"path": "json", "data_files": "a.jsonl", "split": "train[90%:]"}, True),
+    ],
+)
+def test_a_part_of_a_file_is_named(peer, entry, is_named):
+    found = of(peer, **{"datasets" if peer == "Axolotl" else "train_dataset": [entry]})
+    assert found.tree["data"]["train"] == [{"path": "a.jsonl"}]
+    assert ("a file is read whole" in notes_of(found).get("data.train split", "")) == is_named
+
+
+def test_a_part_of_a_file_of_torchtune_is_named(tmp_path):
+    data = {"_component_": "x.chat_dataset", "source": "json", "data_files": "a.json", "split": "train[:90%]"}
+    assert "data.train split" in notes_of(converted(tmp_path, {**TORCHTUNE, "dataset": data}))
+
+
+@pytest.mark.parametrize("path", ["./data", "/data/own", "own/chats", "chats", "json"])
+def test_files_of_a_local_folder(tmp_path, path):
+    (tmp_path / "own" / "chats").mkdir(parents=True)
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "json").mkdir()  # yet `json` is what reads the file
+    (tmp_path / "run").mkdir()
+    data = [{"path": path, "data_files": "train.jsonl", "type": "chat_template"}]
+    found = converted(tmp_path, {"base_model": "m", "datasets": data})
+    wanted = "train.jsonl" if path == "json" else str(Path(path) / "train.jsonl")
+    assert found.tree["data"]["train"] == [{"path": wanted}]
+
+
 def test_columns_that_axolotl_names():
     prompt = {"field_instruction": "query", "field_output": "reply", "format": "Q: {instruction} A:"}
     found = of("Axolotl", datasets=[{"path": "own/set", "type": prompt}])
@@ -343,6 +375,13 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     Path("b.yaml").write_text("stage: pt\ndataset: c\n")
     data = convert_file(Path("b.yaml")).tree["data"]
     assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
+
+
+def test_a_data_set_of_llama_factory_keeps_its_folder(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"hf_hub_url": "own/code", "folder": "python"}}))
+    found = converted(tmp_path, {"stage": "sft", "dataset": "a", "dataset_dir": str(tmp_path)})
+    assert found.tree["data"]["train"] == [{"path": "hf://datasets/own/code/python", "split": "train"}]
+    assert "dataset_dir" not in notes_of(found)
 
 
 @pytest.mark.parametrize("entry", [{"script_url": "s"}, {"cloud_file_name": "s"}, "mine.json", None])
@@ -553,6 +592,19 @@ def test_how_held_out_data_of_torchtune_is_read_says_nothing_of_training(tmp_pat
     assert "train_on" not in found.tree["data"] and "batch_size" in found.tree["train"]
     assert "each by itself" in notes_of(found)["batch size"]
     assert ("dataset.odd" in notes_of(found)) == ("eval" in found.tree["data"]) == (every is not None)
+
+
+@pytest.mark.parametrize(("own", "trained"), [((True, True), "all"), ((True, False), None), ((False, False), None)])
+def test_prompts_of_some_data_sets_of_torchtune_are_not_those_of_all(tmp_path, own, trained):
+    each = [{**TORCHTUNE["dataset"], "train_on_input": value} for value in own]
+    found = converted(tmp_path, {**TORCHTUNE, "dataset": each})
+    assert found.tree["data"].get("train_on") == trained
+    assert ("train_on_input" in notes_of(found)) == (len(set(own)) == 2)
+
+
+def test_keys_within_the_values_of_keys(tmp_path):
+    more = {"base": "/tmp", "name": "${base}/x", "output_dir": "${name}/o", "loop": "${loop}${loop}"}
+    assert converted(tmp_path, {**TORCHTUNE, **more}).tree["out"] == "/tmp/x/o"
 
 
 def test_an_adapter_of_torchtune_on_no_layer_is_named(tmp_path):

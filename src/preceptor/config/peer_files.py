@@ -205,6 +205,6 @@ def dataset_info(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: holds {type(found).__name__}, not data sets by name")
     return {
-        name: {**(entry if isinstance(entry, dict) else {}), "folder": str(file.parent)}
+        name: {**(entry if isinstance(entry, dict) else {}), "info_folder": str(file.parent)}
         for name, entry in found.items()
     }
