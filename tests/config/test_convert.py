@@ -135,7 +135,9 @@ def test_axolotls_data_and_templates(tmp_path, line, data, key):
     assert {name: found.tree["data"].get(name) for name in data} == data
     assert ("streaming" in found.tree["data"]) == ("streaming" in data)
     unready = {
-        key for key in notes_of(found) if key not in ("max_length", "batch size", "warmup_steps", "streaming", "data")
+        key
+        for key in notes_of(found)
+        if key not in ("max_length", "batch size", "warmup_steps", "streaming", "data", "bf16")
     }
     assert unready == ({key} if key else set()) and not found.unoffered
 
@@ -287,7 +289,7 @@ def test_llama_factory(tmp_path):
     }
     assert found.tree["train"] == {"duration": "300 steps", "batch_size": 8, "seed": 42}
     assert found.tree["eval"] == {"every": "10 %"}
-    assert found.tree["adapter"] == {"kind": "lora", "rank": 8}
+    assert found.tree["adapter"] == {"kind": "lora", "rank": 8, "alpha": 16.0}
     assert "'other' is an entry of dataset_info.json" in notes_of(found)["dataset"]
     assert "max_samples" in notes_of(found)
     config.build(found.tree, "converted")

@@ -32,6 +32,7 @@ def notes_of(found):
 
 
 def of(peer, **settings):
+    settings = {**(TORCHTUNE if peer == "torchtune" else {}), **settings}
     found = convert(PeerFile(peer, {"model_name_or_path": "m", "output_dir": "out", **settings}), Path())
     tree = {**found.tree, "model": {"path": "m", **found.tree.get("model", {})}}
     config.build(
@@ -465,6 +466,11 @@ def test_what_runs_again_in_backward(peer, settings, runs_again):
         ({"bf16": True, "fsdp_config": {"fsdp_version": 2}}, None),
         ({"bf16": True, "deepspeed": "zero3.json"}, None),
         ({"bf16": False}, None),
+        ({"bf16": None}, None),
+        ({}, "bfloat16"),
+        ({"adapter": "lora", "lora_target_linear": True}, "bfloat16"),
+        ({"fp16": True}, None),
+        ({"fsdp_config": {"fsdp_version": 2}}, None),
         ({"bf16": True, "deepspeed": "zero3.json", "adapter": "lora", "lora_target_linear": True}, "bfloat16"),
     ],
 )
@@ -484,6 +490,105 @@ def test_steps_come_before_epochs():
 def test_without_clipping_no_gradient_is_scaled():
     found = of("TRL", max_grad_norm=0)
     assert found.tree["optimizer"]["max_grad_norm"] == 1e9 and "not clipped" in notes_of(found)["max_grad_norm"]
+
+
+@pytest.mark.parametrize("peer", ["TRL", "Unsloth"])
+def test_null_is_no_clipping_where_it_is_a_value(peer):
+    assert of(peer, max_grad_norm=None).tree["optimizer"]["max_grad_norm"] == 1e9
+    assert of("Axolotl", max_grad_norm=None).tree["optimizer"]["max_grad_norm"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "precision"),
+    [
+        ("TRL", {"bf16": False}, "float32"),
+        ("TRL", {"bf16": False, "fp16": True}, "bfloat16"),
+        ("TRL", {"bf16": False, "dtype": "bfloat16"}, "bfloat16"),
+        ("TRL", {}, None),
+        ("Axolotl", {"bf16": False, "fp16": False}, "float32"),
+        ("Axolotl", {"bf16": None}, "float32"),
+        ("Axolotl", {"bf16": False, "fp16": True}, "bfloat16"),
+        ("LLaMA-Factory", {"bf16": False}, None),  # its default
+        ("torchtune", {"dtype": "fp32"}, "float32"),
+        ("torchtune", {"dtype": "bf16"}, "bfloat16"),
+    ],
+)
+def test_a_type_that_is_switched_off_is_float32(peer, settings, precision):
+    assert of(peer, **settings).tree["train"].get("precision") == precision
+
+
+@pytest.mark.parametrize(("peer", "key"), [("torchtune", "shuffle"), ("Axolotl", "shuffle_merged_datasets")])
+def test_an_order_that_is_not_drawn_is_named(peer, key):
+    assert "the order of the file there" in notes_of(of(peer, **{key: False}))[key]
+    assert notes_of(of(peer, **{key: True}))[key].endswith("nothing to set")
+
+
+def test_reasoning_that_is_switched_off():
+    found = of("LLaMA-Factory", template="qwen3", enable_thinking=False)
+    assert found.tree["data"]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "removed from the answers there" in notes_of(found)["enable_thinking"]
+    assert "chat_template_kwargs" not in of("LLaMA-Factory", template="qwen3").tree["data"]
+
+
+@pytest.mark.parametrize("name", ["default", "empty"])
+def test_templates_of_llama_factory_with_plain_names_are_real_ones(name):
+    assert "of LLaMA-Factory's own" in notes_of(of("LLaMA-Factory", template=name))["chat_template"]
+    assert "chat_template" not in notes_of(of("Axolotl", chat_template="tokenizer_default"))
+
+
+@pytest.mark.parametrize("given", [{}, {"use_rslora": True}])
+def test_alpha_of_llama_factory_is_twice_the_rank(given):
+    assert of("LLaMA-Factory", lora_rank=64, **given).tree["adapter"]["alpha"] == 128.0
+    assert of("LLaMA-Factory", lora_rank=64, lora_alpha=16, **given).tree["adapter"]["alpha"] == 16.0
+
+
+@pytest.mark.parametrize("name", ["polynomial", "rex", "cosine_with_restarts"])
+def test_what_runs_instead_of_a_schedule_that_is_not_offered(name):
+    found = of("TRL", lr_scheduler_type=name)
+    assert (found.tree["optimizer"]["lr_scheduler"], found.tree["optimizer"]["min_lr_ratio"]) == ("cosine", 0.0)
+    assert "it is cosine here, down to 0" in notes_of(found)["lr_scheduler_type"]
+
+
+def test_what_is_trained_instead_of_an_adapter_that_is_not_offered():
+    found = of("LLaMA-Factory", finetuning_type="oft")
+    assert "all weights are trained here" in notes_of(found)["adapter"] and "adapter" not in found.tree
+
+
+@pytest.mark.parametrize("key", ["fsdp", "fsdp_config"])
+def test_the_size_of_an_update_of_muon_under_fsdp_is_named(key):
+    muon = {"optimizer": "muon", "learning_rate": 1e-3}
+    assert "sqrt(rows / columns)" in notes_of(of("Axolotl", **muon, **{key: ["full_shard"]}))["learning_rate"]
+    assert "learning_rate" not in notes_of(of("Axolotl", **muon))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_galore": True},
+        {"relora": True},
+        {"use_eaft": True},
+        {"lisa_n_layers": 2},
+        {"oft_block_size": 8},
+        {"bias": "all"},
+        {"eva_config": {"rho": 2}},
+        {"optim": "lion_8bit"},
+        {"load_in_4bit": True},
+    ],
+)
+def test_what_changes_the_training_comes_first(settings):
+    found = of("TRL", do_train=True, save_strategy="best", **settings)
+    lines = found.text("x").splitlines()
+    first = next(
+        at for at, line in enumerate(lines) if line == "# Not offered, so that something else is trained than there:"
+    )
+    key = "quantization" if "load_in_4bit" in settings else next(iter(settings))
+    assert lines[first + 1].startswith(f"#   {key}: ") and lines[first + 2] == "# Not carried over, or not as it was:"
+    assert [name for name, _ in found.unoffered] == [key]
+
+
+def test_another_epsilon_needs_action_and_the_same_one_none():
+    assert not notes_of(of("TRL", adam_epsilon=1e-6))["adam_epsilon"].endswith("remove the key")
+    assert "adam_epsilon" not in notes_of(of("TRL", adam_epsilon=1e-8)) and not of("TRL", bias="none").unoffered
 
 
 @pytest.mark.parametrize("key", ["lora_target_modules", "target_modules"])

@@ -69,7 +69,7 @@ def _set_chat_template(given: Conversion) -> None:
     given.takes("chat_template", "jinja")  # that is, the template of chat_template_jinja
     named = given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")
     name, own = str(named), "absent here: the model's own, else chatml"
-    if named in (None, "tokenizer_default", "default", "empty"):
+    if named is None or (given.peer == "Axolotl" and name in ("tokenizer_default", "default", "empty")):
         return
     if name in ("chatml", "llama3", "tokenizer") or name.endswith(".jinja"):
         given.set("data.chat_template", name)

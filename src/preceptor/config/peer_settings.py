@@ -21,6 +21,12 @@ _OF_LOADING = {
     "Axolotl": ("overrides_of_model_config",),
 }
 """Keys whose value is a table of further keys, of how the model is loaded."""
+_NULLS: Mapping[Peer, Mapping[str, Any]] = {
+    "TRL": {"max_grad_norm": 0},
+    "Unsloth": {"max_grad_norm": 0},
+    "Axolotl": {"bf16": False},
+}
+"""Keys of which null says that something is off, which an absent key does not."""
 _OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # defaults of BitsAndBytesConfig
 
 
@@ -59,8 +65,9 @@ class Conversion:
                 inner = given.pop(key)
                 four_bits = key == "quantization_config" and inner.get("load_in_4bit")
                 given |= {**(_OF_FOUR_BITS if four_bits else {}), **inner}
-        self.settings = {key: value for key, value in given.items() if value is not None}
         none_is_a_value = file.peer in ("TRL", "Unsloth")  # elsewhere a key without a value is as good as absent
+        given |= {key: off for key, off in _NULLS.get(file.peer, {}).items() if given.get(key, off) is None}
+        self.settings = {key: value for key, value in given.items() if value is not None}
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
         unread = (sentence.partition(":")[0] for sentence in file.unread)
         names |= {NAMES.get(key, key) for key in unread}  # given, though not as a value
