@@ -34,6 +34,7 @@ pretraining_dataset: data.train: such as `[{path: text.jsonl}]`, with `data.stre
 interleave_probs: data.train[].weight: how often each example is seen in an epoch
 val_set_size test_split_size val_size: data.eval_size: a share of the examples, such as 0.05
 chat_template_path template: data.chat_template
+enable_thinking: data.chat_template_kwargs: such as `{enable_thinking: false}`
 chat_template_jinja: data.chat_template: a file
 excess_length_strategy truncation_mode: data.overflow: or `data.allow_rejected: [too_long]`, which leaves them out
 assistant_only_loss: data.train_on: `assistant` trains every assistant turn
