@@ -21,11 +21,12 @@ from preceptor.api.values import merged, over_model_and_data, settings_of
 from preceptor.chat.format import load_chat_format
 from preceptor.console import TerminalConsole, standard_console
 from preceptor.data.sources import open_sources
+from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
 from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json
 from preceptor.inspect.page import make_page
-from preceptor.inspect.show import show_examples
+from preceptor.inspect.show import fitted, show_examples
 from preceptor.train.loop import Loop, Step
 from preceptor.train.run import Training
 from preceptor.train.run_folder import with_start
@@ -110,10 +111,12 @@ class Run:
             first = settings.data.train[0].path
             raise DataError(f"show({number}): examples are counted from 1, as in `{first}:row 1`")
         train, held_out = open_sources(settings.data)
-        renderer = load_chat_format(settings.model, settings.data, [*train, *held_out]).renderer(settings.data)
+        chat = load_chat_format(settings.model, settings.data, [*train, *held_out])
+        renderer = chat.renderer(settings.data)
+        fitter = Fitter(renderer, settings.data.max_length, settings.data.overflow, chat.num_positions)
 
         def examples() -> Iterator[Any]:
-            return (each for source in train for each in source.examples())
+            return fitted((each for source in train for each in source.examples()), fitter, number)
 
         text = io.StringIO()
         console = TerminalConsole(file=text, width=120, soft_wrap=True)

@@ -70,8 +70,8 @@ def compared(source: Source, rule: Emulation, renderer: Renderer) -> Iterator[Bo
 
 def _both(example: Example | Rejection, row: Mapping[str, Any], rule: Emulation, renderer: Renderer) -> BothTokens:
     if isinstance(example, Rejection):
-        ours = f"rejected: {example.code}: {example.message}"
-        return BothTokens(example.source, "not read here, so not emulated", ours)
+        why = f"rejected: {example.code}: {example.message}"
+        return BothTokens(example.source, "not read here, so not emulated", why)
     tree = renderer.render(example)
     try:
         theirs = rule.tokens(example, row)
