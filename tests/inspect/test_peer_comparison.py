@@ -53,7 +53,7 @@ def test_a_token_that_the_tokenizer_has_not_is_said(write_jsonl):
             return "writes an end of the text"
 
         def tokens(self, example, row):
-            return self.document(example)
+            return PeerTokens.of(([5, self.tokenizer.eos_token_id], True))
 
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None

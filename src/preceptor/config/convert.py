@@ -21,6 +21,7 @@ from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
 _NO_CLIPPING = 1e9
+_OF_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # what LLaMA-Factory reads of a row
 _SPREAD = ("deepspeed", "fsdp", "fsdp_config")
 _TRACKER_KEYS = {
     "wandb": ("use_wandb", "wandb_project"),
@@ -37,8 +38,8 @@ def convert_file(path: Path) -> Conversion:
 
 
 def settings_of(path: Path) -> Mapping[str, Any]:
-    """The flat settings of a file, and what says how its data is read: torchtune's sections as `torchtune`, and
-    `formatting` of LLaMA-Factory's first data set. Raises ConfigError as `read_peer_file`.
+    """The flat settings of a file, and what says how its data is read: torchtune's sections as `torchtune`, and of
+    LLaMA-Factory's first data set `formatting` and `columns`. Raises ConfigError as `read_peer_file`.
     """
     file = read_peer_file(path)
     settings = dict(_flat(file).settings)
@@ -47,7 +48,8 @@ def settings_of(path: Path) -> Mapping[str, Any]:
     if file.peer == "LLaMA-Factory":
         names = settings.get("dataset")
         name = str(names[0] if isinstance(names, list) and names else names).split(",")[0].strip()
-        settings["formatting"] = dataset_info(settings, path.parent).get(name, {}).get("formatting")
+        entry = dataset_info(settings, path.parent).get(name, {"columns": None})
+        settings |= {"formatting": entry.get("formatting"), "columns": entry.get("columns", _OF_ALPACA)}
     return settings
 
 
