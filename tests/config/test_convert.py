@@ -745,6 +745,38 @@ def test_an_end_token_that_the_other_trainer_leaves_untrained_is_seen(preceptor,
     assert json.loads(out)["tokens"]["counts"]["only_ours"] == 0
 
 
+def test_the_data_is_read_by_the_columns_that_the_file_names(preceptor, tmp_path, write_jsonl):
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "m.json", "columns": {"prompt": "asked", "response": "said"}}})
+    )
+    text = f"model_name_or_path: scholar\nstage: sft\ntemplate: qwen\ndataset: mine\ndataset_dir: {tmp_path}\n"
+    (tmp_path / "sft.yaml").write_text(text)
+    data = write_jsonl([{"asked": "the user", "said": "The message", "system": "of no column"}] * 2)
+    code, out, err = preceptor("convert", tmp_path / "sft.yaml", "--data", data, "--json")
+    assert code == 0, err
+    found = json.loads(out)["tokens"]
+    assert found["counts"]["examples_not_ours"] == found["counts"]["examples_not_theirs"] == 0
+    assert found["counts"]["theirs"] > 0 and found["counts"]["ours"] > 0
+    (tmp_path / "axolotl.yml").write_text(
+        "base_model: scholar\nchat_template: chatml\nmicro_batch_size: 1\nsequence_len: 64\n"
+        "datasets:\n- path: mine.jsonl\n  type: chat_template\n  field_messages: dialog\n"
+    )
+    dialog = [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "The message"}]
+    code, out, err = preceptor(
+        "convert", tmp_path / "axolotl.yml", "--data", write_jsonl([{"dialog": dialog}]), "--json"
+    )
+    assert code == 0 and json.loads(out)["tokens"]["counts"]["theirs"] > 0, err
+
+
+def test_what_dataset_info_says_of_the_columns_is_known(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "m.json"}, "own": {"columns": {}}}))
+    text = f"model_name_or_path: m\nstage: sft\nfinetuning_type: full\ndataset_dir: {tmp_path}\n"
+    alpaca = {"prompt": "instruction", "query": "input", "response": "output"}
+    for name, columns in (("mine", alpaca), ("own", {}), ("other", None)):
+        (tmp_path / "sft.yaml").write_text(f"{text}dataset: {name}\n")
+        assert settings_of(tmp_path / "sft.yaml")["columns"] == columns
+
+
 @pytest.mark.parametrize("named", ["mine", "mine, other", "[mine]"])
 def test_the_formatting_of_the_first_data_set_is_known(tmp_path, named):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "m.json", "formatting": "openai"}}))

@@ -73,7 +73,9 @@ def _compared(file: Path, found: "Conversion", data: str, model: str | None) -> 
     from preceptor.train.session import check_names
 
     tree = {**found.tree, "out": "-", "tracker": []}
-    tree["data"] = {**tree.get("data", {}), "train": [{"path": data}], "eval": []}
+    named = [source.get("columns", {}) for source in tree.get("data", {}).get("train", ())]
+    source = {"path": data, "columns": named[0] if named else {}}
+    tree["data"] = {**tree.get("data", {}), "train": [source], "eval": []}
     tree["model"] = {**tree.get("model", {}), **({"path": model} if model else {})}
     if "path" not in tree["model"]:
         raise errors.ConfigError("--data: the file names no model, whose tokenizer is needed; name one with --model")
