@@ -307,6 +307,7 @@ def _compiled(found: Any) -> str:
             "",
             "Compiled layers (`engine: compiled`) against the same layers as they are written: graphs after the first, "
             "second and third sequence, each of other lengths, and the greatest relative error of loss and gradient. "
+            "`formulas alone`: norms, gated units and loss are compiled, each by itself, and layers are not. "
             f"Traced as for a GPU and run operation by operation (`{found['backend']}`): what a GPU's kernels round is "
             "not in it. "
             f"{_on(found, found['command'])}",
