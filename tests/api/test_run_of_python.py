@@ -129,6 +129,62 @@ def test_an_adapter_that_no_step_has_trained_is_taken_away_whole(tmp_path, live)
     assert all(p.requires_grad for p in model.parameters())
 
 
+ENDS_EARLY = {
+    "a target that is none": {"adapter": {"rank": 2, "target_modules": ["nothing"]}},
+    "Ctrl-C in the preflight": {},
+    "Ctrl-C in the preflight, with an adapter": {"adapter": {"rank": 2}},
+    "a stop before step 1, with a penalty to the base": {"loss": {"kl_coef": 1.0}},
+}
+
+
+@pytest.mark.parametrize("ends", ENDS_EARLY)
+@pytest.mark.parametrize("rows_are_there", [False, True])
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}])
+def test_a_second_try_trains_what_a_first_one_would_have(tmp_path, live, monkeypatch, ends, rows_are_there, adapter):
+    """rows_are_there: the embedding has room for new tokens, so that rows change in place."""
+
+    def loaded():
+        given = live()
+        if rows_are_there:
+            given["model"].resize_token_embeddings(len(given["tokenizer"]) + 70, mean_resizing=False)
+            with torch.no_grad():
+                for table in (given["model"].get_input_embeddings(), given["model"].get_output_embeddings()):
+                    table.weight[len(given["tokenizer"]) :] = 0.0
+        return given
+
+    def about(given):
+        model, tokenizer = given["model"], given["tokenizer"]
+        own = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.special_tokens_map]
+        modules = [type(module) for module in model.modules()]
+        return held.content_of(model), model.generation_config.to_dict(), own, modules, model.vocab_size
+
+    from preceptor.model import held
+
+    given, fresh = loaded(), loaded()
+    before = about(given)
+    with monkeypatch.context() as patched:
+        if ends.startswith("Ctrl-C"):
+            patched.setattr("preceptor.train.run.preflight", stop_at_once)
+        elif ends.startswith("a stop"):
+            patched.setattr("preceptor.train.run.Loop", stop_at_once)
+        with pytest.raises((ModelError, KeyboardInterrupt)):
+            run = run_of(tmp_path, given, name="first", **ENDS_EARLY[ends])
+            run.train()
+    assert about(given) == before and all(p.requires_grad for p in given["model"].parameters())
+    second = run_of(tmp_path, given, adapter=adapter)
+    second.train()
+    expected = run_of(tmp_path, fresh, name="fresh", adapter=adapter)
+    expected.train()
+    assert lines(tmp_path / "run") == lines(tmp_path / "fresh")
+    assert same(saved(tmp_path / "run"), saved(tmp_path / "fresh"))
+    trained = [{name for name, p in each.model.named_parameters() if p.requires_grad} for each in (second, expected)]
+    assert trained[0] == trained[1]
+
+
+def stop_at_once(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_model_trained_before_is_trained_on_with_its_tokenizer(tmp_path, live):
     """What the first run has added is known to the second; nothing is drawn again."""
     given = live()

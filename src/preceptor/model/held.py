@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import CheckpointError, ConfigError, ModelError
+from preceptor.model.embeddings import TokenRows
 from preceptor.model.load import make_ready
 from preceptor.model.optimisations import remove
 
@@ -48,6 +49,7 @@ class HeldModel:
         self.record: dict[str, Any] | None = None
         self.trainable: set[str] | None = None
         self.trained: set[str] = set()
+        self._before: _BeforeTraining | None = None
         self.folder = Path(tempfile.mkdtemp(prefix="preceptor-live-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         model.config.save_pretrained(self.folder)
@@ -75,6 +77,7 @@ class HeldModel:
             self.record = content_of(self.model)
         moved = self.model.device.type != device.type
         remove(self.model)  # what a single step outside this run may have installed
+        self._before = _BeforeTraining(self.model, self.tokenizer)
         make_ready(self.model)
         self.model.to(device).eval()
         self.trainable = _trainable(self.model)
@@ -82,6 +85,11 @@ class HeldModel:
             self.model.requires_grad_(True)  # as an adapter that was merged leaves them
         _align(self.tokenizer, chat_tokenizer)
         return self.model, moved
+
+    def keep_rows(self, ids: Collection[int]) -> None:
+        """Keep the rows of tokens that are about to get first values."""
+        assert self._before is not None
+        self._before.rows = TokenRows.of(self.model, ids)
 
     def keep(self, model: Any, untrained: list[int]) -> None:
         """Keep what training has made of the model."""
@@ -104,8 +112,8 @@ class HeldModel:
     def release(self) -> None:
         """Leave the model to the program: as plain transformers or peft runs it, in evaluation mode.
 
-        An adapter that no step has trained is taken away again. Without one, the parameters require gradients that did
-        when the model was taken.
+        Where no step was taken, model and tokenizer are as they were when the model was taken, but for its device: a
+        second try finds what the first one found. Without an adapter, the parameters require gradients that did then.
         """
         if self.built is not None:
             model = self.built[0]
@@ -116,9 +124,30 @@ class HeldModel:
                 for module in model.modules():  # of which peft would leave the copy
                     if isinstance(module, ModulesToSaveWrapper):
                         module.modules_to_save["default"] = module.original_module
-                self.model, self.built, self.base = model.unload(), None, None
+                self.model = model.unload()
+        if self._before is not None and not self.has_steps:
+            self._before.put_back()
+            self.built, self.base, self._before = None, None, None
         if self.trainable is not None:
             _require_gradients(self.model, self.trainable)
+
+
+class _BeforeTraining:
+    """What a run changes of a model and its tokenizer before the first step. rows: None until they are changed."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        holders = (model.config, model.config.get_text_config(decoder=True), model.generation_config)
+        self._model, self._tokenizer = model, tokenizer
+        self._settings = [(holder, dict(vars(holder))) for holder in holders if holder is not None]
+        self._tokenizers_own = vars(copy.deepcopy(tokenizer))
+        self.rows: TokenRows | None = None
+
+    def put_back(self) -> None:
+        if self.rows is not None:
+            self.rows.put_back(self._model)
+        for holder, own in [*self._settings, (self._tokenizer, self._tokenizers_own)]:
+            vars(holder).clear()
+            vars(holder).update(own)
 
 
 def _trainable(model: nn.Module) -> set[str]:

@@ -83,6 +83,7 @@ class Training:
         finally:
             if self._held is not None:
                 self._held.release()
+                self.model = None if self._held.built is None else self._held.built[0]
             elif self.model is not None and self.world.size == 1:
                 leave_plain(self.model)
             self._state = self._objective = None  # type: ignore[assignment]  # whose tensors nobody needs any more
@@ -155,6 +156,8 @@ class Training:
         if dry_run:
             where_rejected = "`preceptor check` counts them"
         elif folder.goes_on:
+            if held is not None:
+                held.has_steps |= restored
             self._go_on()
             if held is not None:
                 held.require_steps_saved(self._state.step)
