@@ -113,7 +113,10 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class TrainResult(_ShownAsText):
-    """A run that is finished. model: the folder of the saved model. losses: of every step. facts: summary.json."""
+    """A run that is finished. model: the folder of the saved model. facts: summary.json.
+
+    losses: of every step that was taken; one that was skipped, as it was not finite, has none.
+    """
 
     out: Path
     model: Path

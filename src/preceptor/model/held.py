@@ -42,6 +42,7 @@ class HeldModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """Raises ConfigError and ModelError for what cannot be trained as it is."""
         _require_trainable(model)
+        _require_known_code(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.built: tuple[Any, list[int]] | None = None
         self.base: Any = None
@@ -196,7 +197,8 @@ def _require_trainable(model: Any) -> None:
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in modules):
         raise ConfigError(
             "model: carries an adapter already. Give the base model, and `adapter={...}` for a new one; or merge the "
-            "adapter first: model = model.merge_and_unload()"
+            "adapter first: model = model.merge_and_unload(). If it is of a run that was stopped: call train() of the "
+            "Run that you have, or load the model again"
         )
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
@@ -219,6 +221,17 @@ def _require_trainable(model: Any) -> None:
             "model: gradient checkpointing is on; call model.gradient_checkpointing_disable() and set "
             "memory={'activation_checkpointing': 'all'}"
         )
+
+
+def _require_known_code(model: Any, tokenizer: Any) -> None:
+    """Raises ConfigError for a class that came with the files of a model: it is read from a folder without them."""
+    for each in (model, model.config, tokenizer):
+        if type(each).__module__.partition(".")[0] == "transformers_modules":
+            place = model.name_or_path or "FOLDER"
+            raise ConfigError(
+                f"model: {type(each).__name__} is Python code that comes with the model, which is not trained live. "
+                f"Give its path: model={{'path': {place!r}, 'trust_remote_code': True}}"
+            )
 
 
 def _align(tokenizer: Any, trained: Any) -> None:
