@@ -303,17 +303,25 @@ def test_stop_ends_the_training_and_the_model_is_saved(tmp_path, live):
         ("the same object", {"adapter": {"rank": 4, "dropout": 0.1}}),
         ("the same object", {"loss": {"kl_coef": 1.0}}),
         ("another program", {}),
+        ("a cell that is run again", {}),
+        ("a cell that is run again", {"adapter": {"rank": 4, "dropout": 0.1}}),
+        ("a cell that is run again", {"loss": {"kl_coef": 1.0}}),
     ],
 )
 def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, sections):
     run_of(tmp_path, live(), name="whole", **sections).train()
-    run = run_of(tmp_path, live(), **sections)
+    given = live()
+    run = run_of(tmp_path, given, **sections)
     for step in run.steps():
         if step.number == 2:
             break
     assert not (tmp_path / "run" / "model").exists()
     if how == "another program":
         run = run_of(tmp_path, live(), **sections)
+    elif how == "a cell that is run again":
+        run = run_of(tmp_path, given, **sections)
+        with pytest.raises(CheckpointError, match="load the model again"):
+            run.train(replace=True)
     run.train()
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert same(saved(tmp_path / "run"), saved(tmp_path / "whole"))

@@ -44,8 +44,8 @@ class Run:
     """A run with its settings in `config`, as a run file has them.
 
     A live model is trained where it is. A session that was stopped, or whose loop was left, is gone on with by calling
-    `train` or `steps` again, of this object; or of one with the same model (a live one loaded again, as it is trained
-    by now), data, settings and `out`.
+    `train` or `steps` again, of this object or of one with the same model, data, settings and `out`: in this program
+    with the live model as it is trained by now, in another one with the model loaded again.
     """
 
     def __init__(

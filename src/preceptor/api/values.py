@@ -33,7 +33,7 @@ def settings_of(
     tree = {key: value for key, value in tree.items() if value is not None}
     live = _LiveValues()
     if "model" in tree:
-        tree["model"] = live.model(tree["model"], tokenizer)
+        tree["model"] = live.model(tree["model"], tokenizer, tree.get("out"))
     if "data" in tree:
         tree["data"] = live.data(tree["data"])
     if isinstance(tree.get("replay"), Mapping) and "data" in tree["replay"]:
@@ -55,7 +55,7 @@ class _LiveValues:
         self._tables: dict[str, Any] = {}
         self._functions: dict[str | None, HeldCode] = {}
 
-    def model(self, given: Any, tokenizer: Any) -> dict[str, Any]:
+    def model(self, given: Any, tokenizer: Any, out: str | Path | None) -> dict[str, Any]:
         section = dict(given) if isinstance(given, Mapping) else {"path": given}
         section = {key: value for key, value in section.items() if value is not None}
         path = section.get("path")
@@ -69,7 +69,7 @@ class _LiveValues:
             if section.get(key) is not None:
                 raise ConfigError(f"model.{key}: says how a model is loaded, and this one is; remove it")
         found = tokenizer if tokenizer is not None else _tokenizer_of(path)
-        self._held = HeldModel(path, getattr(found, "tokenizer", found))  # of a processor: its tokenizer
+        self._held = HeldModel.of(path, getattr(found, "tokenizer", found), out)  # of a processor: its tokenizer
         return {**section, "path": f"{LIVE}{self._held.name}", "dtype": self._held.dtype}
 
     def data(self, given: Any) -> dict[str, Any]:

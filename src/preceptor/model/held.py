@@ -7,6 +7,7 @@ its weights is read as of any other, and as it was when the program gave it.
 import copy
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import weakref
@@ -27,6 +28,7 @@ from preceptor.model.embeddings import TokenRows
 from preceptor.model.load import make_ready
 from preceptor.model.optimisations import remove
 
+_unfinished: "weakref.WeakValueDictionary[int, HeldModel]" = weakref.WeakValueDictionary()
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -35,6 +37,7 @@ class HeldModel:
 
     built: what training has made of it, with the tokens that its base never saw; None before. It is the same model,
     or the adapter around it. base: the `ReferenceModel` that was taken of it then. has_steps: whether it was trained.
+    unfinished: the folder of a run that has trained it and has not ended.
     record: its configuration and weights as hashes. trainable: names of the parameters that required gradients when the
     model was taken; trained: when it was built.
     """
@@ -47,6 +50,7 @@ class HeldModel:
         self.built: tuple[Any, list[int]] | None = None
         self.base: Any = None
         self.has_steps = False
+        self.unfinished: Path | None = None
         self.record: dict[str, Any] | None = None
         self.trainable: set[str] | None = None
         self.trained: set[str] = set()
@@ -59,6 +63,15 @@ class HeldModel:
             text = json.dumps(generation.to_diff_dict(), default=str)
             (self.folder / "generation_config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(self.folder)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, out: str | Path | None) -> "HeldModel":
+        """As the constructor; but the one that an unfinished run in `out` trains, while this program has that run."""
+        known = _unfinished.get(id(model))
+        same = known is not None and known.model is model and known.tokenizer is tokenizer and out is not None
+        if known is not None and same and known.unfinished == Path(os.path.realpath(str(out))):
+            return known
+        return cls(model, tokenizer)
 
     @property
     def name(self) -> str:
@@ -101,6 +114,12 @@ class HeldModel:
         assert self.built is not None
         _require_gradients(self.built[0], self.trained)
         return self.built
+
+    def ends_at(self, step: int, unfinished: Path | None) -> None:
+        """A session has ended after a step. unfinished: as above."""
+        self.has_steps = step > 0
+        self.unfinished = unfinished if step > 0 else None
+        _unfinished[id(self.model)] = self
 
     def require_steps_saved(self, step: int) -> None:
         """Raises CheckpointError where a run would begin with weights that it has trained already."""

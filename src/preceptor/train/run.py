@@ -110,7 +110,7 @@ class Training:
                     yield from self.loop.steps()
                 finally:
                     if self._held is not None:
-                        self._held.has_steps = state.step > 0
+                        self._held.ends_at(state.step, folder.path)
             require_finite(state)
             require_finite_loss(state, loader.batch(state.step - 1)[0], self._precision, objective)
             self._end(self.loop.ends)
@@ -119,6 +119,8 @@ class Training:
             save_at_the_end(self._save, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             seconds = time.perf_counter() - started
             self.summary = world.first(lambda: finish(folder, self.say, seconds))
+            if self._held is not None:
+                self._held.ends_at(state.step, None)
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
