@@ -83,6 +83,7 @@ class Training:
         finally:
             if self._held is not None:
                 self._held.release()
+                self.model = None if self._held.built is None else self._held.built[0]
             elif self.model is not None and self.world.size == 1:
                 leave_plain(self.model)
             self._state = self._objective = None  # type: ignore[assignment]  # whose tensors nobody needs any more
@@ -109,7 +110,7 @@ class Training:
                     yield from self.loop.steps()
                 finally:
                     if self._held is not None:
-                        self._held.has_steps = state.step > 0
+                        self._held.ends_at(state.step, folder.path)
             require_finite(state)
             require_finite_loss(state, loader.batch(state.step - 1)[0], self._precision, objective)
             self._end(self.loop.ends)
@@ -118,6 +119,8 @@ class Training:
             save_at_the_end(self._save, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             seconds = time.perf_counter() - started
             self.summary = world.first(lambda: finish(folder, self.say, seconds))
+            if self._held is not None:
+                self._held.ends_at(state.step, None)
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
@@ -157,6 +160,8 @@ class Training:
         if dry_run:
             where_rejected = "`preceptor check` counts them"
         elif folder.goes_on:
+            if held is not None:
+                held.has_steps |= restored
             self._go_on()
             if held is not None:
                 held.require_steps_saved(self._state.step)
