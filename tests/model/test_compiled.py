@@ -120,7 +120,14 @@ def fails(*_):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(optimisations, "no_compiler", lambda device: None)
+    monkeypatch.setattr("preceptor.train.preflight.no_compiler", lambda device: None)
+
+
+def installed(model):
+    """As after the proof."""
+    state = install(model, "efficient")
+    state.optimisations.add("fused")
+    return state
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -128,8 +135,7 @@ def on_a_gpu(monkeypatch):
 def test_formulas_that_are_compiled_by_themselves_are_exact_for_any_length(kind, half, on_a_gpu):
     """All three forms of norm (of queries and keys too), two activations; a mixture's own gated units are its own."""
     model, true_model = (tiny_model(kind, num_hidden_layers=1) for _ in range(2))
-    state = install(model, "efficient")
-    assert state.fused and "compile" not in state.optimisations
+    assert "compile" not in installed(model).optimisations
     install(true_model, "plain")
     made = []
     for each in SEQUENCES:
@@ -150,7 +156,7 @@ def test_formulas_that_are_compiled_by_themselves_are_exact_for_any_length(kind,
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
 def test_each_compiled_formula_is_held_against_itself(kind, dtype, on_a_gpu):
     model = tiny_model(kind, dtype=dtype)
-    install(model, "efficient")
+    installed(model)
     kinds = {type(each).__mro__[1].__name__ for each in modules.fusible(model)}
     assert kinds == {"EfficientNorm"} | ({"EfficientGLU"} if kind != "gpt_oss" else set())
     check_fused(model, LossOptions(), dtype)
@@ -168,6 +174,24 @@ def test_where_layers_are_not_compiled_their_formulas_are_and_it_is_said(on_a_gp
     assert Engine(model).state.fused and Engine(model).state.not_compiled == "on a GPU only"
     assert any(line.startswith("proved: compiled norms, gated units and loss are exact") for line in lines)
     assert any(line.startswith("compiled in ") for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_v1_dense", "exaone4"])
+def test_norms_of_heads_in_the_order_of_attention_are_compiled(kind, on_a_gpu):
+    """Behind `transpose(1, 2)`: no buffer of theirs is contiguous."""
+    model, lines = tiny_model(kind), []
+    preflight(model, loader(), "float32", lines.append)
+    assert Engine(model).state.fused, lines
+
+
+def test_what_fails_in_the_largest_sequence_alone_is_given_up(on_a_gpu, monkeypatch):
+    """Planted."""
+    monkeypatch.setattr("preceptor.train.preflight.check_fused", lambda *_: None)
+    monkeypatch.setattr(modules, "run_rowwise", fails)
+    model, lines = tiny_model("llama"), []
+    preflight(model, loader(), "float32", lines.append)
+    assert not Engine(model).state.fused
+    assert any(line.startswith("norms, gated units and loss are compiled no more: RuntimeError: ") for line in lines)
 
 
 @pytest.mark.parametrize("plant", [lambda formula, *given: tree_map(torch.negative, formula(*given)), fails])
@@ -194,7 +218,8 @@ def test_a_thread_of_backward_has_as_many_graphs_as_the_first(monkeypatch):
 
 def test_evaluation_and_plain_runs_compile_no_formula(on_a_gpu):
     model, plain = tiny_model("llama").eval(), tiny_model("llama")
-    assert install(model, "efficient").fused and not install(plain, "plain").fused
+    installed(model), install(plain, "plain")
+    preflight(plain, loader(), "float32", lambda line: None)
     with torch.no_grad():
         Engine(model)(SEQUENCES[0])
     Engine(plain)(SEQUENCES[0]).backward()

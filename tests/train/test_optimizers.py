@@ -28,6 +28,7 @@ from preceptor.train.optimizer import (
     require_host_memory,
 )
 from preceptor.train.weightwise import decoded, encoded, narrow, widened
+from preceptor.world import World
 from tiny import tiny_model
 
 NAMES = ("adamw", "adamw_8bit", "muon", "adafactor", "sgd")
@@ -287,22 +288,60 @@ def test_compiled_updates_are_the_same_and_no_step_makes_another_graph(name, rou
             assert torch.equal(p, q) and all(torch.equal(value, other[key]) for key, value in own.items())
 
 
-@pytest.mark.parametrize("fails", [True, False])
-def test_an_update_that_is_another_one_compiled_is_not_compiled_and_it_is_said(fails, on_a_gpu, monkeypatch):
+def fails(*_, **__):
+    raise RuntimeError("backend='inductor' raised:\nmore")
+
+
+def of_half_a_rate(formula, *given):
+    formula(*given[:9], given[9] * 0.5, *given[10:])
+
+
+def without_noise(formula):
+    return lambda wide, weight, *rest: weight.copy_(wide)
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding", "runs", "planted"),
+    [
+        ("adamw_8bit", None, "run_rowwise", fails),
+        ("adamw_8bit", None, "run_rowwise", of_half_a_rate),
+        ("adamw_8bit", None, "encoded", lambda values, noise, *form: encoded(values, noise.clamp(max=0), *form)),
+        ("adamw", "stochastic", "compiled_function", without_noise),
+        ("muon", "exact", "compiled_function", without_noise),
+    ],
+)
+def test_an_update_that_is_another_one_compiled_is_not_compiled_and_it_is_said(
+    name, rounding, runs, planted, on_a_gpu, monkeypatch
+):
     """Planted."""
-
-    def planted(formula, weight, *given):
-        if fails:
-            raise RuntimeError("backend='inductor' raised:\nmore")
-        formula(weight, *given)
-        weight.neg_()
-
-    monkeypatch.setattr(weightwise, "run_rowwise", planted)
-    optimizer, lines = built(tiny_model("llama"), "adamw_8bit"), []
+    if runs == "encoded":  # in what is compiled alone
+        own = lambda formula, *given: _with(weightwise, "encoded", planted, lambda: formula(*given))  # noqa: E731
+        monkeypatch.setattr(weightwise, "run_rowwise", own)
+    else:
+        monkeypatch.setattr(weightwise, runs, planted)
+    model = tiny_model("llama", dtype=HALF if rounding else FULL)
+    optimizer, lines = built(model, name, rounding=rounding), []
     compile_update(optimizer, torch.device("cpu"), lines.append)
     assert not optimizer.compiled and lines[0].startswith("the optimizer's update is not compiled: ")
     compile_update(built(tiny_model("llama")), torch.device("cpu"), lines.append)  # torch's own kernel
     assert len(lines) == 1
+
+
+def _with(module, name, value, run):
+    former = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return run()
+    finally:
+        setattr(module, name, former)
+
+
+def test_an_update_is_compiled_in_all_processes_or_in_none(on_a_gpu, monkeypatch):
+    """Else replicas would drift apart, by last bits that decide of codes."""
+    monkeypatch.setattr(World, "max", lambda world, *values: [1.0])
+    optimizer, lines = built(tiny_model("llama"), "adamw_8bit"), []
+    compile_update(optimizer, torch.device("cpu"), lines.append)
+    assert not optimizer.compiled and lines == ["the optimizer's update is not compiled: another process cannot"]
 
 
 @pytest.mark.parametrize("rounding", [None, "exact", "stochastic"])

@@ -24,6 +24,7 @@ from preceptor.model.attention.cuda import replaceable_kernels
 from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy, output_head
+from preceptor.model.loss.softmax import block_tokens_of
 from preceptor.model.numerics import FAILURES, random_bits, random_key, require_close, rounding
 from preceptor.model.optimisations import install, probe_sequence
 from preceptor.model.options import ActivationPolicy, LossOptions
@@ -288,7 +289,7 @@ def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dt
         found = _measured(model, loss)
     except ModelError:
         raise
-    except FAILURES as error:
+    except Exception as error:  # Triton's own errors are of no common kind
         if is_out_of_memory(error):
             raise
         raise ModelError(
@@ -303,18 +304,24 @@ def check_fused(model: nn.Module, options: LossOptions, dtype: torch.dtype) -> N
     """Raises ModelError where a norm, a gated unit or the loss gives something else compiled, or cannot be compiled.
 
     By itself and on random numbers: of the types of the weights and `dtype`, in which the model computes. The rounding
-    of a whole model could send tokens to other experts.
+    of a whole model could send tokens to other experts. Of the loss two blocks of logits, by the model's own head but
+    for its weight.
     """
-    device = device_of(model)
+    device, head = device_of(model), output_head(model)
+    vocab_size = len(head.weight_VD)
+    num = block_tokens_of(device, vocab_size) + 3
 
     def loss(dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(0)
-        given = [
-            torch.randn(size, 64, generator=generator, device=device).to(dtype).requires_grad_() for size in (7, 99)
-        ]
-        places = torch.arange(6, device=device), torch.arange(6, device=device), torch.ones(6, device=device)
-        found = linear_cross_entropy(given[0], Head(given[1]), *places, options=options, compiled=fused)
-        return found.detach(), *torch.autograd.grad(found, given)
+        hidden_ND, weight_VD = (
+            torch.randn(size, 16, generator=generator, device=device).to(dtype).requires_grad_()
+            for size in (num, vocab_size)
+        )
+        own = Head(weight_VD, softcap=head.softcap, logit_scale=head.logit_scale)
+        places, weight_N = torch.arange(num, device=device), torch.full((num,), 1 / num, device=device)
+        target_N = places % vocab_size
+        found = linear_cross_entropy(hidden_ND, own, places, target_N, weight_N, options=options, compiled=fused)
+        return found.detach(), *torch.autograd.grad(found, (hidden_ND, weight_VD))
 
     trials = [("loss", loss)] + [
         (type(module).__name__, partial(fused_trial, module, device)) for module in fusible(decoder_of(model))
@@ -324,7 +331,7 @@ def check_fused(model: nn.Module, options: LossOptions, dtype: torch.dtype) -> N
             true = trial(each, fused=False)
             try:
                 found = trial(each, fused=True)
-            except FAILURES as error:
+            except Exception as error:  # Triton's own errors are of no common kind
                 if is_out_of_memory(error):
                     raise
                 raise ModelError(

@@ -32,7 +32,7 @@ from preceptor.model.activations.modules import (
 )
 from preceptor.model.activations.passes import ModelState, adopt, decode_whole, release
 from preceptor.model.attention.cuda import with_kernels_that_run
-from preceptor.model.compiled import no_compiler, why_not
+from preceptor.model.compiled import why_not
 from preceptor.model.numerics import FAILURES, relative_error, rounding
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating, path_mixers
 from preceptor.model.routers import unwatch_routers
@@ -45,18 +45,19 @@ class Optimisation:
     """find: the modules of a model that it changes, with the settings of each; a module is tried before it is one.
 
     mixin: the class whose `forward` comes before a module's own; None: the engine itself asks for the name.
-    within: in which of two modes it changes layers; None: it is outside of them, and on in both. on: for which devices.
+    within: in which of two modes it changes layers; None: it is outside of them, and on in both. is_proved_first: on a
+    GPU, by the preflight, which puts it on.
     """
 
     name: str
     mixin: type[nn.Module] | None = None
     find: Callable[[nn.Module], dict[nn.Module, Any]] = lambda model: {}
     within: Literal["compiled", "efficient"] | None = None
-    on: Callable[[torch.device], bool] = lambda device: True
+    is_proved_first: bool = False
 
     def install(self, model: nn.Module, state: ModelState) -> None:
         """Put it into the model where it applies to anything, and on the list of what is on."""
-        if not self.on(device_of(model)):
+        if self.is_proved_first:
             return
         if self.mixin is not None:
             found = self.find(model)
@@ -192,7 +193,7 @@ OPTIMISATIONS = (
     Optimisation("compile", within="compiled"),  # decoder layers and loss, by torch.compile
     Optimisation("norms", EfficientNorm, _norms, within="efficient"),  # which keep their input alone
     Optimisation("glu", EfficientGLU, _gated_units, within="efficient"),  # which do not keep the gate's activation
-    Optimisation("fused", within="efficient", on=lambda device: no_compiler(device) is None),  # both, and the loss
+    Optimisation("fused", within="efficient", is_proved_first=True),  # both, and the loss, compiled each by itself
     Optimisation("linear", SharedCastLinear, _linear_layers, within="efficient"),  # layers share half-precision copies
     Optimisation("adapters", FusedAdapter, _adapters),  # added to their layer's product in place
     Optimisation("embedding_gradient", AccumulatingEmbedding, _embedding),  # in place

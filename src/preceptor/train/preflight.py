@@ -24,7 +24,7 @@ import torch
 
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import ModelError, explaining_out_of_memory
+from preceptor.errors import ModelError, PreceptorError, explaining_out_of_memory, first_line, is_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
 from preceptor.model.attention.runs import attention_dropout
 from preceptor.model.checks import (
@@ -35,7 +35,7 @@ from preceptor.model.checks import (
     check_phases,
     check_sequential,
 )
-from preceptor.model.compiled import ADAPTED_EXPERTS, CARRIES, adapts_experts, compile_seconds, num_graphs
+from preceptor.model.compiled import ADAPTED_EXPERTS, CARRIES, adapts_experts, compile_seconds, no_compiler, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast, require_close
 from preceptor.model.optimisations import give_up_compiling
@@ -128,17 +128,23 @@ class _Proofs:
             self._prove("the loss of a sequence is the sum of its conversations' losses", lambda: self._summed(trees))
         if engine.state.compiles:
             self._settle_compiling(trees)
-        if engine.state.fused:
+        is_plain = not engine.state.optimisations
+        if not is_plain and not engine.state.compiles and no_compiler(model.device) is None:
             self._settle_fusing()
         largest = self.loader.largest_sequences()
         sizes = (
             f"{max(sequence.num_tokens for sequence in largest):,} tokens, "
             f"{max(sequence.num_trained for sequence in largest):,} trained"
         )
-        self._prove(
-            f"the largest sequences ({sizes}) fit in memory, forward and backward, with finite results",
-            lambda: self._fits(largest),
-        )
+        fit = f"the largest sequences ({sizes}) fit in memory, forward and backward, with finite results"
+        try:
+            self._prove(fit, lambda: self._fits(largest))
+        except Exception as error:  # Triton's own errors are of no common kind
+            if not engine.state.fused or isinstance(error, PreceptorError) or is_out_of_memory(error):
+                raise
+            engine.state.optimisations.discard("fused")
+            self.say(f"norms, gated units and loss are compiled no more: {type(error).__name__}: {first_line(error)}")
+            self._prove(fit, lambda: self._fits(largest))
         return self.loader
 
     def _prove(self, proved: str, prove: Callable[[], None]) -> None:
@@ -208,7 +214,7 @@ class _Proofs:
             with autocast(model.device, self.precision):
                 return self.objective(engine, pack_trees(trees))
 
-        before = compile_seconds()
+        before = compile_seconds(), num_graphs()
         try:
             whys = {
                 "each conversation goes through it alone": not trees,
@@ -228,14 +234,14 @@ class _Proofs:
             give_up_compiling(model, engine.state, reason)
             self.say(f"layers are not compiled: {reason}")
         else:
-            self.say(f"compiled in {compile_seconds() - before:.1f} s, {num_graphs()} graphs")
+            self.say(f"compiled in {compile_seconds() - before[0]:.1f} s, {num_graphs() - before[1]} graphs")
 
     def _computed_in(self) -> torch.dtype:
         half = self.precision == "bfloat16" or next(self.engine.model.parameters()).dtype == torch.bfloat16
         return torch.bfloat16 if half else torch.float32
 
     def _settle_fusing(self) -> None:
-        engine, before = self.engine, compile_seconds()
+        engine, before = self.engine, (compile_seconds(), num_graphs())
 
         def check() -> None:
             with autocast(engine.model.device, self.precision):
@@ -244,10 +250,10 @@ class _Proofs:
         try:
             self._prove("compiled norms, gated units and loss are exact", check)
         except ModelError as error:
-            engine.state.optimisations.discard("fused")
-            self.say(f"norms, gated units and loss are not compiled: {str(error).rstrip('.')}")
+            self.say(f"norms, gated units and loss are not compiled: {str(error).rstrip('. ')}")
         else:
-            self.say(f"compiled in {compile_seconds() - before:.1f} s, {num_graphs()} graphs")
+            engine.state.optimisations.add("fused")
+            self.say(f"compiled in {compile_seconds() - before[0]:.1f} s, {num_graphs() - before[1]} graphs")
 
     def _fits(self, largest: Sequence[PackedSequence]) -> None:
         """One after the other, beside what a step has: the optimizer's state, and the gradients of sequences before."""

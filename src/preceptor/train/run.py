@@ -152,7 +152,7 @@ class Training:
         self._require_room()
         require_host_memory(self._state.optimizer, world.local_size)
         if run.engine != "plain":
-            compile_update(self._state.optimizer, device, say)
+            compile_update(self._state.optimizer, device, say, world)
         reserved = optimizer_memory(self._state.optimizer)
         loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved)
         self._loader, self._num_steps = loader, run.train.duration.steps(loader.steps_per_epoch)

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import pad
 
 from preceptor.model.compiled import compiled_function, run_rowwise
 from preceptor.model.numerics import random_bits, random_key
@@ -228,7 +227,7 @@ def parts_of(num: int, each: int) -> Iterator[slice]:
 # But no mean of a square becomes 0, below the lowest code: the mean beside it may be rounded up, and where the next
 # gradients are 0 (the row of a token that does not occur) epsilon alone would divide it.
 #
-# Legend: B blocks, K their elements (BLOCK); a row that they do not fill is padded.
+# Legend: B blocks, by row too where a row has others beside; K their elements: BLOCK, or what is left of a row.
 
 _MEAN = (127, 12.0)  # codes beside zero, and the powers of two that they reach down from the scale
 _SQUARE = (255, 24.0)
@@ -256,28 +255,33 @@ def adamw_8bit(
     compiled: bool,
     betas: Sequence[float],
 ) -> None:
-    """A rule, for matrices. Rows a few at a time; compiled, all operations on a block are one kernel or two."""
+    """A rule, for matrices. Rows a few at a time; compiled, all operations on blocks are one kernel or two."""
     if not state:
         state.update(_new_8bit_state(weight))
     state["step"] += 1
     assert weight.grad is not None
     columns = weight.shape[-1]
-    width = -(-columns // BLOCK) * BLOCK
     held = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
     matrices = [own_part(each).view(-1, columns) for each in held]
-    scales = [own_part(state[f"{name}_scale"]).flatten(0, -2) for name in ("exp_avg", "exp_avg_sq")]
-    step, first = int(state["step"]), first_element(weight) // columns * width
-    (beta1, beta2), lr = betas, group["lr"]
+    scales = [own_part(state[f"{name}_scale"]).flatten(0, -2).unsqueeze(-1) for name in ("exp_avg", "exp_avg_sq")]
+    (beta1, beta2), lr, step = betas, group["lr"], int(state["step"])
     rates = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-    for rows in parts_of(len(matrices[0]), max(1, chunk_of(weight.device.type) // width)):
-        own = [each[rows] for each in matrices]
-        padded = own if width == columns else [pad(each, (0, width - columns)) for each in own]
-        blocks = *(each.view(-1, BLOCK) for each in padded), *(each[rows].view(-1, 1) for each in scales)
-        given = *blocks, *_scalars(weight.device, compiled, key, first + rows.start * width, *rates), beta1, beta2
-        run_rowwise(_update_8bit, *given) if compiled else _update_8bit(*given)
-        if padded is not own:
-            for one, other in zip(own, padded, strict=True):
-                one.copy_(other[:, :columns])
+    first_row, num_rows = first_element(weight) // columns, weight.numel() // columns
+    before = columns // BLOCK * BLOCK  # elements of a row in whole blocks; then those of its last one
+    for part, blocks, size, first in (
+        (slice(0, before), slice(0, before // BLOCK), BLOCK, 0),
+        (slice(before, columns), slice(before // BLOCK, None), columns - before, num_rows * before),
+    ):
+        width = part.stop - part.start
+        for rows in parts_of(len(matrices[0]) if width else 0, max(1, chunk_of(weight.device.type) // columns)):
+            own = (
+                *(each[rows, part].unflatten(1, (-1, size)) for each in matrices),
+                *(each[rows, blocks] for each in scales),
+            )
+            tensors = [each.flatten(0, 1) if each.is_contiguous() else each for each in own]
+            place = first + (first_row + rows.start) * width
+            given = *tensors, *_scalars(weight.device, compiled, key, place, *rates), beta1, beta2
+            run_rowwise(_update_8bit, *given) if compiled else _update_8bit(*given)
 
 
 def _update_8bit(

@@ -9,7 +9,7 @@ Legend: T tokens (times heads), R different ones among them, M tokens of a pass,
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -337,7 +337,8 @@ def _normed_backward(
     if not wanted[0]:
         return None, grad_weight_D
     mean_T1 = torch.mv(flat_TD, scale_D).view_as(root_T1).mul_(-1 / x_TD.shape[-1])
-    grad_x_TD = torch.mul(wide_TD, scale_D, out=product_TD).addcmul_(normed_TD, mean_T1).mul_(root_T1)
+    buffer_TD = None if torch.compiler.is_compiling() else product_TD  # a compiler needs none, and may refuse it
+    grad_x_TD = torch.mul(wide_TD, scale_D, out=buffer_TD).addcmul_(normed_TD, mean_T1).mul_(root_T1)
     return grad_x_TD.to(x_TD.dtype), grad_weight_D
 
 
@@ -358,27 +359,43 @@ def fusible(model: nn.Module) -> list[nn.Module]:
     found: dict[Any, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, EfficientNorm | EfficientGLU):
-            settings = module.__dict__["engine_settings"]
-            weight: Any = module.weight if isinstance(module, EfficientNorm) else None
-            found.setdefault((settings, None if weight is None else (weight.shape, weight.dtype)), module)
+            weight = module.weight if isinstance(module, EfficientNorm) else None
+            found.setdefault(
+                (module.__dict__["engine_settings"], _width(module), getattr(weight, "dtype", None)), module
+            )
     return [*found.values()]
 
 
-def fused_trial(module: Any, device: torch.device, dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
-    """What such a module's formula makes of random numbers, and their gradients."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, as_dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, as_dtype).requires_grad_()
-
+def _width(module: Any) -> int:
     if isinstance(module, EfficientNorm):
-        weight: Any = module.weight
-        given = random(1, 7, len(weight)), random(len(weight), as_dtype=weight.dtype)
-        out = _Norm.apply(*given, _eps(module), module.engine_settings, fused)
-    else:
-        given = random(1, 7, 64), random(1, 7, 64)
-        out = _Gated.apply(*given, *module.engine_settings, fused)
-    return out.detach(), *torch.autograd.grad(out, given, random(*out.shape, as_dtype=out.dtype).detach())
+        return len(module.weight)  # type: ignore[arg-type]
+    return int(getattr(module.gate_proj, "out_features", 64))
+
+
+def fused_trial(module: Any, device: torch.device, dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
+    """What such a module's formula makes of random numbers, and their gradients: of hidden states as layers have them,
+    (1, T, D), and of a norm's heads, (1, T, H, D), also in the order in which attention takes them.
+    """
+    generator, found = torch.Generator().manual_seed(0), []
+
+    def random(shape: Sequence[int], as_dtype: torch.dtype = dtype, transposed: bool = False) -> Tensor:
+        drawn = torch.randn(tuple(shape), generator=generator).to(device, as_dtype)
+        return (drawn.transpose(1, 2) if transposed else drawn).requires_grad_()
+
+    of_norm, width = isinstance(module, EfficientNorm), _width(module)
+    for shape, transposed in (((1, 7, width), False), ((1, 7, 3, width), False), ((1, 7, 3, width), True)):
+        x = random(shape, transposed=transposed)
+        if of_norm:
+            other = random((width,), module.weight.dtype)
+            out = _Norm.apply(x, other, _eps(module), module.engine_settings, fused)
+        else:
+            other = random(shape, transposed=transposed)
+            out = _Gated.apply(x, other, *module.engine_settings, fused)
+        gradient = random(shape, out.dtype, transposed).detach()
+        found += [out.detach(), *torch.autograd.grad(out, (x, other), gradient)]
+        if not of_norm:
+            break
+    return tuple(found)
 
 
 def _run(fused: bool, formula: Callable[..., Any], *given: Any) -> Any:

@@ -75,14 +75,18 @@ class LossForm:
         return torch.float64 if self.product_dtype == torch.float64 else torch.float32
 
 
+def block_tokens_of(device: torch.device, vocab_size: int) -> int:
+    """Rows of a block, where there are as many."""
+    return max(1, _BLOCK_LOGITS.get(device_type_of(device), 2**25) // vocab_size)
+
+
 def blocks(products_CV: Tensor, form: LossForm, write_back: bool = True) -> Iterator[tuple[slice, Tensor]]:
     """Each block's rows of the chunk, and its products in the softmax's type: the chunk's own memory where it can be.
 
     With write_back, what is done to a block in place reaches the chunk once the next one is asked for.
     """
     num_tokens, vocab_size = products_CV.shape
-    block_logits = _BLOCK_LOGITS.get(device_type_of(products_CV.device), 2**25)
-    block_tokens = min(num_tokens, max(1, block_logits // vocab_size))
+    block_tokens = min(num_tokens, block_tokens_of(products_CV.device, vocab_size))
     own = products_CV.dtype == form.softmax_dtype
     if not own:
         buffer_RV = torch.empty(block_tokens, vocab_size, dtype=form.softmax_dtype, device=products_CV.device)
