@@ -4,6 +4,7 @@ So masks, scores, arguments and the choice between the kernels are tested; the k
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex_function
 
 from preceptor.data.forest import pack_trees
+from preceptor.model import compiled
 from preceptor.model.attention import cuda, runs
 from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
 from preceptor.model.attention.layout import AttentionOptions, ForestLayout, dense_mask
@@ -280,6 +282,34 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
     assert num_graphs[1] == num_graphs[-1] <= 8
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_flex_compiles_for_every_soft_cap_in_every_thread(monkeypatch):
+    """Traced as on CUDA, up to the kernels. A soft-cap that torch makes a variable has no backward; settings are a
+    thread's own, and layers run again in the thread of backward."""
+    limits = []
+
+    def backend(graph, inputs):
+        limits.append(torch._dynamo.config.recompile_limit)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    flex = cuda._flex.__wrapped__("cuda")
+    monkeypatch.setattr(cuda, "_flex", lambda _: flex)
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
+    before = torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float
+
+    def compare(softcap):
+        features = {"softcap": softcap, "window": 5}
+        found, true = (outputs_and_grads(each, layout, torch.float64, features) for each in (attend_flex, naive))
+        return max(error(one, other) for one, other in zip(found, true, strict=True))
+
+    errors = [compare(softcap) for softcap in (1.5, 3.0)]
+    with ThreadPoolExecutor(1) as thread:
+        errors += thread.map(compare, (1.5, 7.0))
+    assert max(errors) < 1e-13 and len(limits) == 3 and min(limits) >= cuda._MOST_FORMS
+    assert before == (torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float)
+
+
 def test_a_sequence_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda, monkeypatch):
     made = []
     monkeypatch.setattr(cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window))
@@ -326,7 +356,7 @@ def test_flex_is_compiled_once_and_on_cuda_only(monkeypatch):
     try:
         assert cuda._flex("cpu") is flex_function and asked == []
         assert cuda._flex("cuda") is cuda._flex("cuda") is not flex_function
-        assert asked == [{"fullgraph": True}] and torch._dynamo.config.recompile_limit >= 32
+        assert asked == [{"backend": "inductor", "fullgraph": True}]
     finally:
         cuda._flex.cache_clear()
     assert cuda._softcapped(2.5) is cuda._softcapped(2.5)
