@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PHASES = {
-    "facts": (1, 30),
+    "facts": (1, 40),
     "product": (1, 60),
     "attention": (1, 75),
     "steps_8b": (1, 150),

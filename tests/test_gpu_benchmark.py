@@ -1,6 +1,7 @@
 """The script for the first hours on a GPU runs, in small, on a CPU."""
 
 import json
+import re
 import sys
 import time
 import warnings
@@ -188,6 +189,10 @@ def test_both_calls_fit_into_what_a_machine_is_lent_for():
     of_calls = [sum(budget for part, budget in gpu.PHASES.values() if part == call) for call in (1, 2)]
     assert max(of_calls) + INSTALL < CALL
     assert sum(of_calls) + START + 2 * (INSTALL + TRANSFER) + BETWEEN <= LENT
+    page = (Path(gpu.__file__).parent / "gpu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (\w+) \| (\d+) \|", page, re.MULTILINE)
+    assert {name: (int(part), int(budget)) for part, name, budget in rows} == gpu.PHASES
+    assert f"at most {sum(of_calls)} seconds" in page
 
 
 def cases_of(phase, folder, monkeypatch):

@@ -285,7 +285,7 @@ def _flex(device_type: str) -> Callable[..., Any]:
         return cast(Callable[..., Any], flex_attention)
     compiled.watch()
     settings: Any = import_module("torch._dynamo").config
-    flex = torch.compile(flex_attention, backend=compiled.BACKEND, fullgraph=True)
+    flex: Callable[..., Any] = torch.compile(flex_attention, backend=compiled.BACKEND, fullgraph=True)
 
     def run(*tensors: Tensor, **named: Any) -> Any:
         """With settings of this thread: each has its own, and layers run again in the one of backward."""
