@@ -265,10 +265,14 @@ def _attention_case(bench: Bench, layout: ForestLayout, sizes: tuple[int, int, i
     before = compiled.compile_seconds()
     found, naive = results(chosen, torch.bfloat16), results(attend_reference, torch.bfloat16)
     true = results(attend_reference, torch.float64)
+    errors, of_naive = (
+        [distance(one, other) for one, other in zip(each, true, strict=True)] for each in (found, naive)
+    )
     return {
         "by": chosen.__name__,
-        "errors": [distance(one, other) for one, other in zip(found, true, strict=True)],
-        "errors_of_naive": [distance(one, other) for one, other in zip(naive, true, strict=True)],
+        "worst": float(np.max(np.divide(errors, of_naive))),  # NaN where one is
+        "errors": errors,
+        "errors_of_naive": of_naive,
         "compile_seconds": compiled.compile_seconds() - before,
         "graphs_so_far": compiled.num_graphs(),
     }
