@@ -154,7 +154,7 @@ def test_a_phase_that_ends_badly_keeps_what_it_found(then, error, tmp_path, monk
 
 
 def test_a_phase_ends_with_all_that_it_started(tmp_path):
-    inner = "import time; time.sleep(60); open('late', 'w')"
+    inner = "import time; time.sleep(60)"
     starts = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {inner!r}]).pid, flush=True)"
     log = tmp_path / "log"
     gpu.run_phase([sys.executable, "-c", f"{starts}; 1 / 0"], tmp_path / "none", log, 600)
