@@ -3,7 +3,8 @@
     python benchmarks/compiled.py [--out FILE]
 
 Each case trains three sequences of different lengths, chains and trees, by compiled layers and by the same layers as
-they are written. What a kernel rounds is not seen here; what a graph computes is.
+they are written. Where a case says so, only the formulas of norms and gated units and the loss are compiled, each by
+itself, as on a GPU where layers are not. What a kernel rounds is not seen here; what a graph computes is.
 """
 
 import argparse
@@ -36,7 +37,10 @@ GEMMA2 = {"sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softc
 
 @dataclass(frozen=True)
 class Case:
-    """adapter: options; a quantized base goes with one. base: the type of weights. settings: of the model's config."""
+    """adapter: options; a quantized base goes with one. base: the type of weights. settings: of the model's config.
+
+    compiled: `compile`, the layers; or `fused`, the formulas by themselves.
+    """
 
     kind: str = "llama"
     policy: ActivationPolicy = FULL
@@ -45,6 +49,7 @@ class Case:
     quantized: bool = False
     base: torch.dtype = torch.float32
     settings: dict[str, Any] = field(default_factory=dict)
+    compiled: str = "compile"
 
     def model(self) -> Any:
         settings = {**tiny_types.BASE, "tie_word_embeddings": False, **self.settings}
@@ -60,7 +65,8 @@ class Case:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.1)
-        install(model.train(), "compiled")
+        state = install(model.train(), "compiled" if self.compiled == "compile" else "efficient")
+        state.optimisations.add(self.compiled)
         return model
 
 
@@ -78,6 +84,10 @@ CASES = {
     "Llama, DoRA": Case(precision="float32", adapter=LoraOptions(dora=True)),
     "Llama, bfloat16, DoRA": Case(precision="bfloat16", adapter=LoraOptions(dora=True), base=torch.bfloat16),
     "Llama, QLoRA": Case(precision="float32", adapter=LoraOptions(), quantized=True),
+    "Llama, formulas alone": Case(precision="float32", compiled="fused"),
+    "Llama, formulas alone, bfloat16 autocast": Case(precision="bfloat16", compiled="fused"),
+    "Gemma 2, formulas alone": Case("gemma2", precision="float32", settings=GEMMA2, compiled="fused"),
+    "Qwen 3, mixture of experts, formulas alone": Case("qwen3_moe", precision="float32", compiled="fused"),
 }
 
 
@@ -121,9 +131,9 @@ def measure(case: Case, backend: str = BACKEND) -> dict[str, Any]:
             given = sequence(seed)
             found = _loss_and_gradient(engine, given, case)
             graphs.append(compiled.num_graphs())
-            engine.state.optimisations.discard("compile")
+            engine.state.optimisations.discard(case.compiled)
             true = _loss_and_gradient(engine, given, case)
-            engine.state.optimisations.add("compile")
+            engine.state.optimisations.add(case.compiled)
             errors.append([float((one - other).norm() / other.norm()) for one, other in zip(found, true, strict=True)])
         assert compiled.num_graphs() == graphs[-1], "the layers as they are written were compiled too"
         loss, gradient = (max(each) for each in zip(*errors, strict=True))

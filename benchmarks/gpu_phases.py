@@ -48,8 +48,9 @@ from preceptor.plan.memory import Setup, step_memory
 from preceptor.plan.parameters import LoraSpec
 from preceptor.serve.chat import Speaker
 from preceptor.train.checkpoint import State
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import build_optimizer, compile_update
 from preceptor.train.step import Objective, take_step
+from preceptor.train.weightwise import WeightwiseOptimizer
 
 RANK = 16
 MODES = {
@@ -431,6 +432,8 @@ def _step_case(bench: Bench, case: Case, profiled: bool) -> dict[str, Any]:
     rounding: Any = "stochastic" if case.weights == "bfloat16" and not case.adapter else None
     name: Any = "adamw" if case.adapter else case.optimizer
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95), name, rounding=rounding))
+    said: list[str] = []
+    compile_update(state.optimizer, bench.device, said.append)  # as a run does before step 1
     objective, losses, update = Objective(MODES[case.mode]), [], _Update(bench, state.optimizer)
     length = min(512, case.num_tokens // 2)
     sequence = chats(case.num_tokens, length, bench.shape(case.shape)["vocab_size"], 0, case.branches)
@@ -460,7 +463,12 @@ def _step_case(bench: Bench, case: Case, profiled: bool) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved() if bench.device.type == "cuda" else None,
         "predicted_bytes": _predicted(bench, model, case, sequence, rounding, precision),
         "waits": _waits(bench, step),
+        "said": said,
     }
+    if profiled and isinstance(state.optimizer, WeightwiseOptimizer) and state.optimizer.compiled:
+        state.optimizer.compiled = False
+        step()
+        result["update_seconds_not_compiled"] = update.seconds[-1]
     if profiled:
         update.off = True
         result["kernels"] = _profile(bench, case, step)

@@ -93,7 +93,7 @@ def counted(files: list[Path]) -> dict[str, Any]:
             print(f"{file}: {type(error).__name__}: {error}")
             continue
         converted += 1
-        keys += len(settings_of(file).keys() - {"torchtune", "formatting"})  # these two are no keys of the file
+        keys += len(settings_of(file).keys() - {"torchtune", "formatting", "columns"})  # these are no keys of the file
         unknown.update(key for key, why in found.notes if UNKNOWN in why)
         try:
             config.build(filled(found), str(file))

@@ -74,6 +74,23 @@ ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "the task", "input": "a text", "output": "The end."},
     "alpaca_short": {"instruction": "the task", "input": "", "output": "The end."},
 }
+COMMON = tuple(ROWS)  # with every setting
+ROWS |= {
+    "alpaca_more": {**ROWS["alpaca"], "system": "Be brief.", "history": [["the user asks", "The message is here."]]},
+    "renamed": {"asked": "the task", "said": "The end.", "about": "Be brief."},
+    "beside": {"messages": [ASK, ANSWER], "system": "Be brief."},
+    "thinking": {"messages": [{"role": "system", "content": "detailed thinking on"}, ASK, ANSWER]},
+    "from_value": {
+        "conversations": [
+            {"from": "human", "value": "the user asks"},
+            {"from": "gpt", "value": "The message is here."},
+            {"from": "human", "value": "and then?"},
+            {"from": "model", "value": "an end."},
+        ]
+    },
+    "text": {"text": "The message is here."},
+    "text_ended": {"text": "The message is here.</s>"},
+}
 STRIPS_THOUGHTS = (  # as Qwen3's: thoughts of earlier turns are left out, the last answer always has some
     "{% for m in messages %}{% set text = m.content %}{% if m.role == 'assistant' and not loop.last %}"
     "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}<|im_start|>{{ m.role }}\n{{ text }}<|im_end|>"
@@ -118,21 +135,34 @@ def llama_factory_cases() -> Iterator[Case]:
     for name, form in TEMPLATES.items():
         thinking = [{"enable_thinking": False}, {"enable_thinking": False, "mask_history": True}]
         for option in [*basic, *(thinking if form.thought else [])]:
-            yield from (Case("LLaMA-Factory", {"template": name, **option}, row) for row in ROWS)
+            yield from (Case("LLaMA-Factory", {"template": name, **option}, row) for row in COMMON)
     for option in ({"default_system": "Answer."}, {"formatting": "openai"}):
-        yield from (Case("LLaMA-Factory", {"template": "qwen", **option}, row) for row in ("chat", "plain"))
+        yield from (Case("LLaMA-Factory", {"template": "qwen", **option}, row) for row in ("chat", "plain", "thinking"))
+    alpaca = {"prompt": "instruction", "query": "input", "response": "output"}
+    for more in ({}, {"system": "system"}, {"history": "history"}, {"system": "system", "history": "history"}):
+        yield Case("LLaMA-Factory", {"template": "qwen", "columns": {**alpaca, **more}}, "alpaca_more")
+        yield Case("LLaMA-Factory", {"template": "qwen", "columns": {"messages": "messages", **more}}, "beside")
+    renamed = {"prompt": "asked", "response": "said", "system": "about"}
+    yield Case("LLaMA-Factory", {"template": "qwen", "columns": renamed}, "renamed")
+    yield Case("LLaMA-Factory", {"template": "qwen", "train_on_prompt": True, "mask_history": True}, "chat")
+    for name, row in itertools.product(("qwen", "llama3", "default", "gemma2"), ("text", "text_ended")):
+        yield Case("LLaMA-Factory", {"template": name, "stage": "pt", "columns": {"prompt": "text"}}, row)
     for template, option in itertools.product(("chatml", "strips_spaces", "own_system"), basic):  # no template is named
-        yield from (Case("LLaMA-Factory", dict(option), row, template) for row in ROWS)
+        yield from (Case("LLaMA-Factory", dict(option), row, template) for row in COMMON)
 
 
 def torchtune_cases() -> Iterator[Case]:
     tokenizers = ("llama3", "qwen2", "qwen2_5", "phi3_mini", "phi4", "gemma", "mistral", "llama2")
-    for own, inputs, system, row in itertools.product(tokenizers, (False, True), (None, "Answer."), ROWS):
+    for own, inputs, system, row in itertools.product(tokenizers, (False, True), (None, "Answer."), COMMON):
         kind = "alpaca_dataset" if row.startswith("alpaca") else "chat_dataset"
         data = {"_component_": f"torchtune.datasets.{kind}", "new_system_prompt": system}
         file = {"tokenizer": {"_component_": f"torchtune.models.{own}.{own}_tokenizer"}, "dataset": data}
         if system is None or kind == "chat_dataset":
             yield Case("torchtune", {"train_on_inputs": inputs, "torchtune": file}, row)
+    for own, ends in itertools.product(("llama3", "qwen2", "gemma", "mistral", "llama2"), (True, False)):
+        texts = {"_component_": "torchtune.datasets.text_completion_dataset", **({} if ends else {"add_eos": False})}
+        file = {"tokenizer": {"_component_": f"torchtune.models.{own}.{own}_tokenizer"}, "dataset": texts}
+        yield Case("torchtune", {"torchtune": file}, "text")
 
 
 def axolotl_cases() -> Iterator[Case]:
@@ -140,11 +170,29 @@ def axolotl_cases() -> Iterator[Case]:
     options += [{"datasets": [{"train_on_eos": when}]} for when in ("all", "last", "none")]
     options += [{"datasets": [{"roles_to_train": roles}]} for roles in (["user"], ["assistant", "system"])]
     templates = ("chatml", "llama3", "strips_thoughts", "strips_spaces")
-    rows = [name for name in ROWS if "messages" in ROWS[name]]
+    rows = [name for name in COMMON if "messages" in ROWS[name]]
     for template, eos, option in itertools.product(templates, ("<|im_end|>", "<|eot_id|>", "</s>"), options):
         yield from (Case("Axolotl", option, row, template, {"eos_token": eos}) for row in rows)
     for inputs, row in itertools.product((False, True), ("alpaca", "alpaca_short")):
         yield Case("Axolotl", {"train_on_inputs": inputs, "datasets": [{"type": "alpaca"}]}, row)
+    im_end, places = {"eos_token": "<|im_end|>"}, {"message_property_mappings": {"role": "from", "content": "value"}}
+    entries: list[dict[str, Any]] = [
+        {},
+        {"roles_to_train": ["gpt"]},
+        {"roles_to_train": ["human"]},
+        {"roles": {"assistant": ["gpt", "model"], "user": ["human"]}},
+        {"roles": {"bot": ["gpt"], "user": ["human"]}, "roles_to_train": ["bot", "model"]},
+        {"roles_to_train": []},
+    ]
+    for entry in entries:
+        entry = {"field_messages": "conversations", **places, **entry}
+        yield Case("Axolotl", {"datasets": [entry]}, "from_value", "chatml", im_end)
+    for row, drops in itertools.product(("chat", "beside"), (False, True)):
+        yield Case("Axolotl", {"datasets": [{"drop_system_message": drops}]}, row, "chatml", im_end)
+    ignored = {"roles_to_train": ["user"], "train_on_eos": "none", "train_on_eot": "none"}
+    yield Case("Axolotl", ignored, "chat", "chatml", im_end)
+    for row in ("text", "text_ended"):
+        yield Case("Axolotl", {"datasets": [{"type": "completion"}]}, row)
 
 
 def tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
@@ -171,8 +219,9 @@ def template_text(name: str) -> str:
 
 def ours(case: Case) -> tuple[list[int], list[bool]] | None:
     """The emulation; None where it says that there are no labels."""
-    row = ROWS[case.row]
-    _, example = read_row(row, "rows:1")
+    row, named = ROWS[case.row], {"prompt": "instruction", "query": "input", "response": "output"}
+    columns = {named.get(part, part): column for part, column in case.settings.get("columns", {}).items()}
+    _, example = read_row({**row, **{part: row[column] for part, column in columns.items() if column in row}}, "rows:1")
     if isinstance(example, Rejection):
         return None
     own = _kept_tokenizer(**case.changes)
@@ -215,12 +264,16 @@ def llama_factory(case: Case) -> tuple[list[int], list[bool]] | None:
     from llamafactory.data.converter import get_dataset_converter
     from llamafactory.data.mm_plugin import get_mm_plugin
     from llamafactory.data.parser import DatasetAttr
+    from llamafactory.data.processor.pretrain import PretrainDatasetProcessor
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.hparams import DataArguments
 
     row = dict(ROWS[case.row])
-    given = {key: value for key, value in case.settings.items() if key != "formatting"}
-    arguments = DataArguments(**{"template": None, "cutoff_len": 1 << 20, **given})
+    given = {key: value for key, value in case.settings.items() if key not in ("formatting", "columns", "stage")}
+    try:
+        arguments = DataArguments(**{"template": None, "cutoff_len": 1 << 20, **given})
+    except ValueError:  # refused
+        return None
     own = tokenizer(**case.changes)
     own.chat_template = template_text(case.template)
     kept = copy.deepcopy(templates.TEMPLATES)
@@ -233,13 +286,21 @@ def llama_factory(case: Case) -> tuple[list[int], list[bool]] | None:
     form.mm_plugin = get_mm_plugin("base")  # that of a model of pictures asks for its processor, and leaves texts alone
     about = DatasetAttr("file", dataset_name="rows")
     about.formatting = "alpaca"
+    if "columns" in case.settings:
+        about.join({"columns": case.settings["columns"]})
+    elif "messages" not in row:
+        about.prompt, about.query, about.response = "instruction", "input", "output"
     if "messages" in row:
         about.formatting = case.settings.get("formatting", "sharegpt")
         about.messages, about.role_tag, about.content_tag = "messages", "role", "content"
         about.user_tag, about.assistant_tag, about.system_tag = "user", "assistant", "system"
-    else:
-        about.prompt, about.query, about.response = "instruction", "input", "output"
     read = get_dataset_converter(about.formatting, about, arguments)(row)
+    if case.settings.get("stage") == "pt":
+        arguments.packing = True  # as its parser sets it
+        processor = PretrainDatasetProcessor(template=form, tokenizer=own, processor=None, data_args=arguments)
+        arguments.cutoff_len = len(own(read["_prompt"][0]["content"], add_special_tokens=False)["input_ids"]) + 1
+        (ids,) = processor.preprocess_dataset({"_prompt": [read["_prompt"]]})["input_ids"]
+        return list(ids), [True] * len(ids)
     processor = SupervisedDatasetProcessor(template=form, tokenizer=own, processor=None, data_args=arguments)
     found = processor.preprocess_dataset({key: [value] for key, value in read.items()})
     return _marked(found["input_ids"][0], found["labels"][0]) if found.get("input_ids") else None
@@ -248,8 +309,16 @@ def llama_factory(case: Case) -> tuple[list[int], list[bool]] | None:
 def torchtune(case: Case) -> tuple[list[int], list[bool]] | None:
     from torchtune.data import AlpacaToMessages, OpenAIToMessages
     from torchtune.datasets._sft import SFTTransform
+    from torchtune.datasets._text_completion import TextCompletionDataset
 
-    inputs, file = case.settings["train_on_inputs"], case.settings["torchtune"]
+    inputs, file = case.settings.get("train_on_inputs"), case.settings["torchtune"]
+    if "text" in ROWS[case.row]:
+        name = file["tokenizer"]["_component_"].rpartition(".")[2].removesuffix("_tokenizer")
+        texts = TextCompletionDataset.__new__(TextCompletionDataset)  # its maker loads a data set
+        texts._tokenizer, texts._column = _torchtune_tokenizer(name), "text"
+        texts.add_eos = file["dataset"].get("add_eos", True)
+        found = texts._prepare_sample(ROWS[case.row])
+        return _marked(found["tokens"], found["labels"])
     transform = OpenAIToMessages(train_on_input=inputs, new_system_prompt=file["dataset"]["new_system_prompt"])
     if case.row.startswith("alpaca"):
         transform = AlpacaToMessages(train_on_input=inputs)
@@ -267,13 +336,14 @@ def _torchtune_tokenizer(name: str) -> Any:
     ids = own.get_vocab()
 
     class Base:
-        bos_id, eos_id, pad_id = own.bos_token_id, own.eos_token_id, 0
+        def __init__(self, *_: Any, **given: Any) -> None:
+            self.bos_id, self.eos_id = given.get("bos_id", own.bos_token_id), given.get("eos_id", own.eos_token_id)
+            self.pad_id = 0
 
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def encode(self, text: str, *_: Any, **__: Any) -> list[int]:
-            return list(own(text, add_special_tokens=False)["input_ids"]) if text else []
+        def encode(self, text: str, add_bos: bool = True, add_eos: bool = True, **_: Any) -> list[int]:
+            ids = list(own(text, add_special_tokens=False)["input_ids"]) if text else []
+            around = [self.bos_id] if add_bos else [], [self.eos_id] if add_eos else []
+            return [each for each in (*around[0], *ids, *around[1]) if each is not None]
 
     classes = {
         "llama3": ("llama3", "Llama3Tokenizer", "TikTokenBaseTokenizer"),
@@ -293,7 +363,7 @@ def _torchtune_tokenizer(name: str) -> Any:
         found = getattr(module, kind).__new__(getattr(module, kind))
         found.im_start_id, found.im_end_id, found.eos_id = (ids[f"<|im_{end}|>"] for end in ("start", "end", "end"))
         found.max_seq_len = found.prompt_template = None
-        found.encode = Base().encode
+        found.encode = Base(bos_id=None, eos_id=found.eos_id).encode
         return found
     setattr(module, base, Base)
     if name == "llama3":
@@ -304,7 +374,7 @@ def _torchtune_tokenizer(name: str) -> Any:
 
 
 def axolotl(case: Case) -> tuple[list[int], list[bool]] | None:
-    from axolotl.prompt_strategies import chat_template
+    from axolotl.prompt_strategies import chat_template, completion
     from axolotl.prompt_tokenizers import AlpacaPromptTokenizingStrategy
     from axolotl.prompters import AlpacaPrompter
     from axolotl.utils.dict import DictDefault
@@ -312,12 +382,17 @@ def axolotl(case: Case) -> tuple[list[int], list[bool]] | None:
     own = tokenizer(**case.changes)
     entry = dict((case.settings.get("datasets") or [{}])[0])
     settings = {key: value for key, value in case.settings.items() if key != "datasets"}
-    if entry.pop("type", None) == "alpaca":
+    cfg = DictDefault({"sequence_len": 1 << 20, "chat_template": "jinja", **settings})
+    kind = entry.pop("type", None)
+    if kind == "completion":
+        strategy = completion.load(own, cfg, entry)
+        found = strategy.tokenize_prompt({key: [value] for key, value in ROWS[case.row].items()})
+        return _marked(found["input_ids"][0], found["labels"][0])
+    if kind == "alpaca":
         strategy = AlpacaPromptTokenizingStrategy(
             AlpacaPrompter(), own, case.settings.get("train_on_inputs", False), 1 << 20
         )
     else:
-        cfg = DictDefault({"sequence_len": 1 << 20, "chat_template": "jinja", **settings})
         cfg["chat_template_jinja"] = template_text(case.template)
         strategy = chat_template.load(own, cfg, entry)
     found = strategy.tokenize_prompt(copy.deepcopy(ROWS[case.row]))

@@ -6,7 +6,7 @@ python docs/make_migration_page.py
 from collections import defaultdict
 from pathlib import Path
 
-from preceptor.config.peer_names import COUNTERPARTS, RENAMED
+from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_without import NO_COUNTERPART
 
 PAGE = Path(__file__).parent / "migration.md"
@@ -29,8 +29,6 @@ def page() -> str:
     for section, pairs in by_section.items():
         parts.append(_table(f"## {section}", "their key", "here", [(theirs, _key(ours)) for theirs, ours in pairs]))
     parts.append(_table("## Not needed, or not offered", "their key", "", list(NO_COUNTERPART.items())))
-    earlier = [(old, _key(new)) for old, new in RENAMED.items()]
-    parts.append(_table("## Earlier versions of Preceptor", "key", "now", earlier))
     return "\n".join(parts)
 
 

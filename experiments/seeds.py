@@ -6,8 +6,8 @@ seed and other questions would have changed. Of three seeds all three draws are 
 the interval is hardly narrower than from the lowest seed to the highest. The same items are drawn for both sides of a
 difference, but seeds apart: no two trainings are a pair.
 
-Shares are widened to the exact binomial interval of the items (intervals.py says why); a difference in which no
-item changed, to what could have been missed.
+Shares are widened to the exact binomial interval of the items (intervals.py says why), differences of shares to that of
+the items that changed, each with its mean over the seeds.
 
 Legend: S seeds, I items, R resamples.
 """
@@ -19,9 +19,19 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, LEVEL, NUM_RESAMPLES, SHARE, Bounds, exact_share
+from preceptor.evaluate.intervals import (
+    DIFFERENCE_OF_SHARES,
+    LEVEL,
+    NUM_RESAMPLES,
+    SHARE,
+    Bounds,
+    exact_difference,
+    exact_share,
+)
 
 Array = NDArray[np.float64]
+INTERVALS = "bootstrap over seeds and items; shares, and differences of shares, widened to the exact binomial ones"
+"""Stands in a result; those of before 2026-12 have no such key: their differences are not widened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +103,9 @@ def difference(before: Values, after: Values, bounds: Bounds | None = None, seed
     num_items = after.above_SI.shape[1]
     items_RI = _items(num_items, seed)
     low, high = _edges(after.resampled(items_RI, rng) - before.resampled(items_RI, rng))
-    if bounds == DIFFERENCE_OF_SHARES and low == high == 0:
-        missed = 1 - ((1 - LEVEL) / 2) ** (1 / num_items)
-        low, high = -missed, missed
+    if bounds == DIFFERENCE_OF_SHARES:
+        exact = exact_difference(after.above_SI.mean(axis=0) - before.above_SI.mean(axis=0))
+        low, high = min(low, exact[0]), max(high, exact[1])
     num_seeds = max(len(before.above_SI), len(after.above_SI))
     return Figure(after.value - before.value, low, high, num_items, num_seeds)
 

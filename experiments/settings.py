@@ -18,6 +18,7 @@ from typing import Any
 
 from lima_curve import ROOT, describe
 from measures import EXACT, HELDOUT, PAGE_BITS, PAGES, write_new_pages
+from seeds import INTERVALS
 from trial import Result, Trial, Yardstick, run_all
 
 STEPS, MAX_LENGTH, SEEDS = 40, 512, 3
@@ -82,6 +83,7 @@ def compare(
         **describe(),
         **{package: version(package) for package in ("preceptor", *packages)},
         "processes": given.processes,
+        "intervals": INTERVALS,
         "settings": {
             "steps": given.steps,
             "max_length": MAX_LENGTH,

@@ -51,6 +51,7 @@ from measures import (
     yardsticks,
 )
 from mitigations import mitigated, mitigation_claims, mitigation_figures, mitigation_trials, write_replay
+from seeds import INTERVALS
 from study_page import write_page
 from trial import Measured, Result, Trial, Yardstick, run_all
 
@@ -119,6 +120,7 @@ def run_study(sizes: Sizes, out: Path, processes: int) -> dict[str, Any]:
         "seconds": round(clock.tick()),
         "trial_seconds": {name: result["seconds"] for name, result in results.items()},
         "processes": processes,
+        "intervals": INTERVALS,
         "settings": asdict(sizes)
         | {"learning_rate": LEARNING_RATE, "num_items": {own.task: len(own.read().items) for own in tasks}},
         **found,

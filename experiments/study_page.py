@@ -61,6 +61,12 @@ def _opening(result: Row) -> Iterator[str]:
         f"{result['transformers']}, {result['processes']} trainings at a time. All figures: "
         "`benchmarks/results/study.json`."
     )
+    if "intervals" not in result:
+        yield (
+            f"The intervals of {result['date']} are the bootstrap's alone. `preceptor compare` widens those of "
+            "differences of shares by the items that changed ([evaluate](evaluate.md#intervals)): a difference of few "
+            "items, whose interval begins near zero here, may be chance."
+        )
     items = settings["num_items"]
     yield (
         f"Each figure is a mean over {seeds} (the base has none) and over items. Brackets hold its 95 % interval, from "

@@ -159,7 +159,7 @@ def test_a_launcher_of_several_processes_is_for_train_alone(preceptor, run_file,
     assert preceptor("train", run_file())[0] == 0
 
 
-@pytest.mark.parametrize("number", ["0", "-2", "many", "1.5"])
+@pytest.mark.parametrize("number", ["0", "-2", "many", "1.5", "²"])
 def test_a_number_of_processes_that_is_none(number, preceptor, run_file):
     code, _, err = preceptor("train", run_file(), f"--nproc={number}")
     assert code == 2 and "neither a number of processes nor `gpu`" in err

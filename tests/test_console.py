@@ -91,13 +91,15 @@ def test_show_uses_brackets_under_no_color(run_file):
     from preceptor import config
     from preceptor.chat.format import load_chat_format
     from preceptor.data.sources import OpenSource
-    from preceptor.inspect.show import show_examples
+    from preceptor.data.truncation import Fitter
+    from preceptor.inspect.show import fitted, show_examples
 
     run = config.load(run_file(conversations(1)))
     sources = [OpenSource(source) for source in run.data.train]
     renderer = load_chat_format(run.model, run.data, sources).renderer(run.data)
     for no_colour in (True, False):
         shown = Console(file=io.StringIO(), force_terminal=True, no_color=no_colour, color_system="standard", width=200)
-        show_examples(sources[0].examples(), renderer, None, False, shown)
+        examples = fitted(sources[0].examples(), Fitter(renderer, 2048, "reject"), None)
+        show_examples(examples, renderer, None, False, shown)
         text = shown.file.getvalue()
         assert ("⟦" in text) is no_colour and ("shades show" in text) is not no_colour

@@ -28,8 +28,51 @@ def test_the_demo_shows_both_and_records_everything(tmp_path):
     assert len(samples) == 12 and all({"prompt", "base", "answer", "reference", "exact"} <= set(s) for s in samples)
     assert {"config.yaml", "metrics.jsonl", "rejections.jsonl", "model"} <= {path.name for path in out.iterdir()}
     assert summary["base_exact_match"] <= 0.1 and summary["base_continues_with_question"] >= 0.5
-    with pytest.raises(CheckpointError, match="this run is finished"):
+    with pytest.raises(CheckpointError, match="this run is finished") as error:
         demo.run_demo(out, 12, console, replace=False, overrides=["train.duration=3 steps"])
+    assert "--out" in str(error.value) and "--from" not in str(error.value) and "`out`" not in str(error.value)
+    with pytest.raises(CheckpointError, match="holds another run") as error:
+        demo.run_demo(out, 12, console, replace=False, overrides=["train.duration=4 steps"])
+    assert "--out" in str(error.value) and "--from" not in str(error.value) and "`out`" not in str(error.value)
+
+
+def test_a_demo_that_was_stopped_while_it_asked_goes_on_with_the_questions(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def run(**given):
+        console = Console(record=True, width=120, file=io.StringIO())
+        overrides = ["train.duration=2 steps"]
+        return demo.run_demo(out, 3, console, overrides=overrides, **({"replace": False} | given)), console
+
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patched:
+        patched.setattr(demo, "answer", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    weights = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match="holds another run"):
+        demo.run_demo(out, 3, Console(file=io.StringIO()), replace=False, overrides=["train.duration=3 steps"])
+    with monkeypatch.context() as patched:  # stopped again, when the answers were written
+        patched.setattr(demo, "write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    summary, console = run()
+    shown = console.export_text()
+    assert "only the questions are left" in shown and "answers exactly" in shown and "step 1/2" not in shown
+    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == weights
+    assert summary["num_questions"] == 3 and summary["num_steps"] == 2
+    assert summary["seconds"] > summary["training_seconds"] > 0
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(CheckpointError, match="this run is finished"):
+        run()
+
+
+def test_the_folder_of_the_demo_is_an_option_and_no_key(preceptor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = preceptor("demo", "out=elsewhere")
+    assert code == 2 and "--out" in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

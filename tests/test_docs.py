@@ -7,11 +7,13 @@ import re
 import statistics
 from pathlib import Path
 
+import matplotlib
 import pytest
 from children import program
 from test_architecture import FLOORS
 
 import first_run
+import study_plots
 from preceptor import config
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,23 @@ def made_by(script):
 
 def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
+
+
+def test_the_run_file_page_names_the_values_of_every_key():
+    text = (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\) \| ", line[2:-2]) for line in text.splitlines() if re.match(r"\| `\w", line)]
+    assert {len(row) for row in rows} == {4} and all(all(row) for row in rows)
+    shown = {(key.strip("`"), default): allowed for key, allowed, default, _ in rows}
+    assert shown["overflow", "`reject`"] == "`reject`, `truncate_context`, `split`"
+    assert shown["activation_checkpointing", "`none`"] == "`none`, `all` or integer ≥ 1"
+    assert shown["save_dtype", "`null`"] == "`float32`, `bfloat16`, `float16`"
+    assert shown["betas", "`[0.9, 0.95]`"] == "list of 2 numbers ≥ 0, < 1"
+    assert shown["every", "`10 minutes`"] == "duration or `null`"
+    assert shown["limit", "`200`"] == "integer ≥ 1 or `null`"
+    assert shown["chat_template_kwargs", "`{}`"] == "mapping"
+    assert shown["alpha_pattern", "`{}`"] == "mapping of names to numbers > 0"
+    assert shown["offload", "`false`"] == "`true`, `false`"
+    assert shown["train", "required"] == "list of sources" and shown["path", "required"] == "path"
 
 
 RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_file())
@@ -101,6 +120,31 @@ def test_the_performance_page_and_sentence_say_what_was_measured():
     assert module.SENTENCE.search(README).group() == module.sentence(), "run python docs/make_performance.py"
 
 
+def test_speed_and_memory_beside_another_trainer_are_of_the_same_configurations():
+    def entry(side, precision, how, seconds, peak):
+        return {"side": side, "precision": precision, "how": how, "peak_bytes": peak} | (
+            {"seconds": seconds} if seconds else {}
+        )
+
+    measured = [
+        entry("ours", "float32", "1024", 6.0, 30),
+        entry("ours", "bfloat16", "1024", 5.0, 20),
+        entry("ours", "bfloat16", "4096", 4.0, 50),
+        entry("theirs", "float32", "single", 8.0, 40),
+        entry("theirs", "bfloat16", "single", 12.0, 100),
+        entry("theirs", "bfloat16", "padded", None, 10),
+    ]
+    module = made_by("make_performance")
+    found = {name: module.pair({"measured": measured}, *of) for name, of in module.PAIRS.items()}
+    assert found == {
+        "float32": module.Pair("1024, float32", "single, float32", 8 / 6, 30 / 40),
+        "bfloat16": module.Pair("4096, bfloat16", "single, bfloat16", 12 / 4, 50 / 100),
+        "bfloat16 over any": module.Pair("4096, bfloat16", "single, float32", 8 / 4, 50 / 40),
+    }
+    leanest = module.pair({"measured": measured}, None, None, "peak_bytes")
+    assert leanest == module.Pair("1024, bfloat16", "single, float32", 8 / 5, 20 / 40)
+
+
 def test_the_table_in_the_readme_says_what_was_measured():
     found = json.loads((ROOT / "benchmarks" / "results" / "first_run.json").read_text(encoding="utf-8"))
 
@@ -134,6 +178,26 @@ def test_the_run_file_in_the_readme_is_valid(tmp_path):
 def test_the_page_on_names_of_other_trainers_is_made_from_their_table():
     page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
     assert page == made_by("make_migration_page").page(), "run python docs/make_migration_page.py"
+
+
+def test_the_table_of_rejections_is_made_from_the_advice():
+    module = made_by("make_codes")
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert module.TABLE.search(page).group() == module.table(), "run python docs/make_codes.py"
+
+
+def test_the_pictures_that_need_no_run_are_what_their_makers_draw():
+    (version,) = re.findall(
+        r"^matplotlib==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if matplotlib.__version__ != version:
+        pytest.skip(f"drawn by matplotlib {version}")
+    pictures = made_by("make_pictures")
+    study = json.loads((ROOT / "benchmarks" / "results" / "study.json").read_text(encoding="utf-8"))
+    drawn = {f"pictures/{name}.svg": getattr(pictures, name)() for name in ("attention", "packing", "memory")}
+    drawn |= {f"study/{name}": svg for name, svg in study_plots.plots(study).items()}
+    old = [name for name, svg in drawn.items() if (ROOT / "docs" / name).read_text(encoding="utf-8") != svg]
+    assert old == [], "run python docs/make_pictures.py, and python experiments/study.py --page"
 
 
 def test_the_page_on_models_says_what_was_measured():

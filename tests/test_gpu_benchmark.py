@@ -285,6 +285,17 @@ def test_the_profile_leaves_the_update_out(optimizer, tmp_path, monkeypatch):
     assert gpu_phases._step_case(bench_of(tmp_path), case, True)["kernels"] is True
 
 
+def test_the_update_is_compiled_as_in_a_run_and_timed_both_ways(graphs_as_they_are, tmp_path, monkeypatch):
+    def compile_update(optimizer, device, say):
+        optimizer.compiled = True
+        say("compiled")
+
+    monkeypatch.setattr(gpu_phases, "compile_update", compile_update)
+    found = gpu_phases._step_case(bench_of(tmp_path), gpu_phases.Case("qwen3-0.6b", 96), True)
+    assert found["said"] == ["compiled"] and found["update_seconds"] > 0 < found["update_seconds_not_compiled"]
+    assert compiled.num_graphs() > 0
+
+
 def test_a_case_after_which_the_gpu_is_unusable_does_not_end_the_phase(tmp_path, monkeypatch):
     def free(bench):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

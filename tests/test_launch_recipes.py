@@ -45,6 +45,11 @@ def commands(tmp_path):
     return tmp_path
 
 
+def test_what_is_installed_are_the_tested_versions():
+    lines = [line for file in LAUNCH.iterdir() for line in file.read_text().splitlines() if "pip install" in line]
+    assert lines and all("-c constraints.txt" in line for line in lines)
+
+
 def started(command, commands, **environment):
     """What a script hands to torchrun."""
     path = f"{commands}{os.pathsep}{os.environ['PATH']}"

@@ -5,10 +5,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from preceptor.api.arguments import SFTConfig as SFTConfig
     from preceptor.api.chat_format import collate as collate
     from preceptor.api.chat_format import load_chat_format as load_chat_format
     from preceptor.api.run import Run as Run
-    from preceptor.api.trainer import SFTConfig as SFTConfig
     from preceptor.api.trainer import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _PLACES = {
     "Run": "api.run",
-    "SFTConfig": "api.trainer",
+    "SFTConfig": "api.arguments",
     "SFTTrainer": "api.trainer",
     "collate": "api.chat_format",
     "load_chat_format": "api.chat_format",

@@ -88,10 +88,13 @@ class Countable(Protocol):
 
 
 class _LastingStream:
-    """A stream whose reader may go away (`| head`, a closed terminal, a full disk): then nothing more is written."""
+    """A stream whose reader may go away (`| head`, a closed terminal, a full disk): then nothing more is written.
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    of_program: the stream is a program's own, which may write there again, unless nobody can read it any more.
+    """
+
+    def __init__(self, stream: Any, of_program: bool = False) -> None:
+        self._stream, self._of_program = stream, of_program
         self._is_open = True
 
     def write(self, text: str) -> int:
@@ -105,9 +108,10 @@ class _LastingStream:
         if self._is_open:
             try:
                 action(*given)
-            except (OSError, ValueError):  # ValueError: closed
+            except (OSError, ValueError) as error:  # ValueError: closed
                 self._is_open = False
-                self._discard()
+                if not self._of_program or isinstance(error, BrokenPipeError):
+                    self._discard()
 
     def _discard(self) -> None:
         """So that what is still in the buffer fails no later flush, such as the one when Python ends."""
@@ -132,11 +136,12 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def standard_console(quiet: bool = False) -> Console:
-    """Standard output, without wrapping where it is no terminal. quiet: nothing is shown."""
-    return TerminalConsole(
-        file=sys.stdout, soft_wrap=not sys.stdout.isatty() or "ipykernel" in sys.modules, quiet=quiet
-    )
+def standard_console(quiet: bool = False, lasting: bool = False) -> Console:
+    """Standard output, without wrapping where it is no terminal. quiet: nothing is shown. lasting: of a program whose
+    run goes on where nobody reads this any more.
+    """
+    file: Any = _LastingStream(sys.stdout, of_program=True) if lasting else sys.stdout
+    return TerminalConsole(file=file, soft_wrap=not file.isatty() or "ipykernel" in sys.modules, quiet=quiet)
 
 
 def table_console() -> Console:

@@ -11,13 +11,16 @@ from rich.table import Table
 
 from preceptor import config
 from preceptor.console import status_line
+from preceptor.errors import CheckpointError, ConfigError
 from preceptor.evaluate.figures import groups_of
 from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
 from preceptor.evaluate.tasks import Task, read_task
-from preceptor.files import append_line, write_json
+from preceptor.files import read_json, read_json_lines, write_json, write_json_lines
 from preceptor.scholar import MODEL_DIR
+from preceptor.train.differences import changed_keys
 from preceptor.train.finish import report_safely
+from preceptor.train.run_folder import REPORT, RUN_FILE, SUMMARY, RunFolder, longer
 from preceptor.train.session import Session
 from preceptor.train.signals import StopRequest
 
@@ -29,28 +32,42 @@ Shares = dict[str, float]
 
 
 def demo_run(out: Path, overrides: Sequence[str] = ()) -> config.Run:
-    """The demo's run file, which ships with the package, with another `out` and other overrides."""
+    """The demo's run file, which ships with the package, with another `out` and other overrides.
+
+    Raises ConfigError for an override of `out`, which is an option here.
+    """
+    if any(override.partition("=")[0].strip() == "out" for override in overrides):
+        raise ConfigError("out: the demo's folder is an option; write --out FOLDER")
     return config.load(MODEL_DIR.parent / "demo.yaml", [*overrides, f"out={json.dumps(str(out))}"])
 
 
 def run_demo(
     out: Path, num_questions: int, console: Console, *, replace: bool, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Train, ask base and intern the same held-out questions, print and record the answers and the figures."""
+    """Train, ask base and intern the same held-out questions, print and record the answers and the figures.
+
+    A demo that was stopped goes on where it was: in the training, or with the questions.
+    """
     started = time.perf_counter()
     run = demo_run(out, overrides)
     console.print(
         "The scholar is a base model: it only continues text. Now it is trained to answer questions, and then called\n"
         "the intern. In the tables, `base` is the scholar and `tuned` the intern."
     )
-    summary = Session(run, console, StopRequest(), replace=replace).train()
+    summary = {} if replace else _trained(run)
+    if summary:
+        console.print(f"{out}: the model is trained; only the questions are left", highlight=False, markup=False)
+        started -= summary["seconds"]
+    else:
+        summary = _train(run, console, replace)
     task = read_task(QUESTIONS).limited(num_questions, run.train.seed)
     with status_line() as say:
         say(f"asking {len(task.items)} held-out questions")
         base = answer(run.model.path, task)
         intern = answer(str(out / "model"), task)
-    for before, after in zip(base, intern, strict=True):
-        append_line(out / "samples.jsonl", _sample(before, after, summary["num_steps"]))
+    samples = [sample for sample in read_json_lines(out / "samples.jsonl") if "base" not in sample]
+    samples += [_sample(*both, summary["num_steps"]) for both in zip(base, intern, strict=True)]
+    write_json_lines(out / "samples.jsonl", samples)
     base_shares, intern_shares = shares(base), shares(intern)
     summary |= {
         "base_exact_match": base_shares["exact_match"],
@@ -63,11 +80,30 @@ def run_demo(
         "training_seconds": summary["seconds"],
         "seconds": time.perf_counter() - started,
     }
-    write_json(out / "summary.json", summary)
+    write_json(out / SUMMARY, summary)
     report_safely(out, console.print)  # again, with these answers
     _print_answers(console, base, intern)
     _print_shares(console, base_shares, intern_shares, summary, out)
     return summary
+
+
+def _trained(run: config.Run) -> dict[str, Any]:
+    """The summary of this run, if it is finished and only its questions were not asked; else {}."""
+    folder = Path(run.out)
+    summary = read_json(folder / SUMMARY)
+    if not summary or "base_exact_match" in summary or not (folder / REPORT).is_file():
+        return {}
+    changed = changed_keys(RunFolder(folder).run_file, run, str(folder / RUN_FILE))
+    return {} if changed.keys or changed.lengthened else summary
+
+
+def _train(run: config.Run, console: Console, replace: bool) -> dict[str, Any]:
+    """The summary of the run. What a folder is refused for is said with the options of the demo."""
+    try:
+        return Session(run, console, StopRequest(), replace=replace).train()
+    except CheckpointError as error:
+        said = str(error).replace(longer(run.out), "").replace("another `out`", "another folder with --out")
+        raise CheckpointError(said) from None
 
 
 def answer(model: str, task: Task) -> list[ItemResult]:

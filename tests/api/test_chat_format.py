@@ -122,6 +122,15 @@ def test_each_reason_is_told_once(chat, monkeypatch):
         assert str(error.value) == f"{code}: {said}"
 
 
+def test_places_may_be_paths(base_folder, tmp_path):
+    file = tmp_path / "rewrites.jinja"
+    file.write_text(REWRITES)
+    expected = load_chat_format(str(base_folder), chat_template=str(file))
+    assert load_chat_format(base_folder, chat_template=file).tokenizer.chat_template == (
+        expected.tokenizer.chat_template
+    )
+
+
 def test_a_model_that_is_not_there_and_an_argument_that_is_wrong(base_folder):
     with pytest.raises(ModelError):
         load_chat_format("/nowhere/at/all")

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 import yaml
 from ranks import run_ranks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import conversations
 from preceptor import Run, SFTTrainer, config
@@ -127,6 +129,62 @@ def test_an_adapter_that_no_step_has_trained_is_taken_away_whole(tmp_path, live)
     after = model.state_dict()
     assert after.keys() == before.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert all(p.requires_grad for p in model.parameters())
+
+
+ENDS_EARLY = {
+    "a target that is none": {"adapter": {"rank": 2, "target_modules": ["nothing"]}},
+    "Ctrl-C in the preflight": {},
+    "Ctrl-C in the preflight, with an adapter": {"adapter": {"rank": 2}},
+    "a stop before step 1, with a penalty to the base": {"loss": {"kl_coef": 1.0}},
+}
+
+
+@pytest.mark.parametrize("ends", ENDS_EARLY)
+@pytest.mark.parametrize("rows_are_there", [False, True])
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}])
+def test_a_second_try_trains_what_a_first_one_would_have(tmp_path, live, monkeypatch, ends, rows_are_there, adapter):
+    """rows_are_there: the embedding has room for new tokens, so that rows change in place."""
+
+    def loaded():
+        given = live()
+        if rows_are_there:
+            given["model"].resize_token_embeddings(len(given["tokenizer"]) + 70, mean_resizing=False)
+            with torch.no_grad():
+                for table in (given["model"].get_input_embeddings(), given["model"].get_output_embeddings()):
+                    table.weight[len(given["tokenizer"]) :] = 0.0
+        return given
+
+    def about(given):
+        model, tokenizer = given["model"], given["tokenizer"]
+        own = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.special_tokens_map]
+        modules = [type(module) for module in model.modules()]
+        return held.content_of(model), model.generation_config.to_dict(), own, modules, model.vocab_size
+
+    from preceptor.model import held
+
+    given, fresh = loaded(), loaded()
+    before = about(given)
+    with monkeypatch.context() as patched:
+        if ends.startswith("Ctrl-C"):
+            patched.setattr("preceptor.train.run.preflight", stop_at_once)
+        elif ends.startswith("a stop"):
+            patched.setattr("preceptor.train.run.Loop", stop_at_once)
+        with pytest.raises((ModelError, KeyboardInterrupt)):
+            run = run_of(tmp_path, given, name="first", **ENDS_EARLY[ends])
+            run.train()
+    assert about(given) == before and all(p.requires_grad for p in given["model"].parameters())
+    second = run_of(tmp_path, given, adapter=adapter)
+    second.train()
+    expected = run_of(tmp_path, fresh, name="fresh", adapter=adapter)
+    expected.train()
+    assert lines(tmp_path / "run") == lines(tmp_path / "fresh")
+    assert same(saved(tmp_path / "run"), saved(tmp_path / "fresh"))
+    trained = [{name for name, p in each.model.named_parameters() if p.requires_grad} for each in (second, expected)]
+    assert trained[0] == trained[1]
+
+
+def stop_at_once(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_a_model_trained_before_is_trained_on_with_its_tokenizer(tmp_path, live):
@@ -245,17 +303,25 @@ def test_stop_ends_the_training_and_the_model_is_saved(tmp_path, live):
         ("the same object", {"adapter": {"rank": 4, "dropout": 0.1}}),
         ("the same object", {"loss": {"kl_coef": 1.0}}),
         ("another program", {}),
+        ("a cell that is run again", {}),
+        ("a cell that is run again", {"adapter": {"rank": 4, "dropout": 0.1}}),
+        ("a cell that is run again", {"loss": {"kl_coef": 1.0}}),
     ],
 )
 def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, sections):
     run_of(tmp_path, live(), name="whole", **sections).train()
-    run = run_of(tmp_path, live(), **sections)
+    given = live()
+    run = run_of(tmp_path, given, **sections)
     for step in run.steps():
         if step.number == 2:
             break
     assert not (tmp_path / "run" / "model").exists()
     if how == "another program":
         run = run_of(tmp_path, live(), **sections)
+    elif how == "a cell that is run again":
+        run = run_of(tmp_path, given, **sections)
+        with pytest.raises(CheckpointError, match="load the model again"):
+            run.train(replace=True)
     run.train()
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
@@ -348,6 +414,18 @@ def test_what_cannot_be_is_refused_with_what_to_do(tmp_path, live, changes, erro
     assert not (tmp_path / "run").exists()
 
 
+def test_a_data_set_with_a_transform_is_refused(tmp_path, live):
+    """Its rows are read without it."""
+    plain = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    made = plain.with_transform(lambda batch: {**batch, "completion": ["new"] * len(batch["prompt"])})
+    for given in (made, [made], {"train": [{"path": made}]}, [plain, made]):
+        with pytest.raises(ConfigError, match=r"with_transform.*with_format\(None\)\.map\(function, batched=True\)"):
+            Run(**live(), data=given, out=tmp_path / "run")
+    mapped = made.with_format(None).map(lambda batch: {"completion": ["new"] * len(batch["prompt"])}, batched=True)
+    assert "new" in str(Run(**live(), data=mapped, out=tmp_path / "run").show(1))
+    assert Run(**live(), data=plain.with_format("torch"), out=tmp_path / "run").check().num_examples == 1
+
+
 def test_models_that_cannot_be_trained_as_they_are(tmp_path, live, base_folder):
     def refused(change, error, says):
         given = live()
@@ -361,6 +439,9 @@ def test_models_that_cannot_be_trained_as_they_are(tmp_path, live, base_folder):
     refused(lambda model: add_adapter(model, 4, 8.0, 0.0, None, [], 0), ConfigError, "carries an adapter already")
     refused(lambda model: model.gradient_checkpointing_enable(), ConfigError, "activation_checkpointing")
     refused(lambda model: model.to("meta"), ModelError, "weights are on meta")
+    own = type("Own", (LlamaForCausalLM,), {"__module__": "transformers_modules.own"})
+    says = "Own is Python code that comes with the model.*Give its path: .*'trust_remote_code': True"
+    refused(lambda model: setattr(model, "__class__", own), ConfigError, says)
     with pytest.raises(ConfigError, match="tokenizer: goes with a live model"):
         Run(base_folder, conversations(2), out=tmp_path / "run", tokenizer=live()["tokenizer"])
 
@@ -498,14 +579,87 @@ def test_a_program_is_not_run_anew_by_those_that_render(monkeypatch):
         assert api._num_processes() == expected
 
 
+def test_a_loop_over_a_name_that_was_left_is_saved_by_the_next_call(tmp_path, live, base_folder):
+    """As `bar = tqdm(run.steps())`, which an error leaves open."""
+    run_of(tmp_path, live(), name="whole").train()
+    run = run_of(tmp_path, live())
+    handler = signal.getsignal(signal.SIGTERM)
+    named = run.steps()
+    assert [next(named).number for _ in range(2)] == [1, 2]
+    with pytest.raises(CheckpointError, match=r"this run is not finished"):
+        _ = run.result
+    with pytest.raises(CheckpointError, match=r"another run of this program uses this folder.*close\(\)"):
+        run_of(tmp_path, live()).train()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    last = run.steps()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGTERM) is handler and list(named) == []
+    assert [step.number for step in last] == [3, 4]
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
 def test_steps_are_taken_by_one_loop_at_a_time(tmp_path, live):
     run = run_of(tmp_path, live())
-    for _ in run.steps():
+
+    def prepared(*_):
+        run.steps()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("preceptor.train.run.Training.say", prepared)  # while the steps are being taken
         with pytest.raises(ConfigError, match="are being taken already"):
-            next(iter(run.steps()))
+            run.train()
+
+
+def test_two_runs_of_a_program_do_not_share_a_folder(tmp_path, base_folder):
+    """By whatever name, in whatever thread; the lock of files keeps out other processes alone."""
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    given = {"model": base_folder}
+    for _ in run_of(tmp_path, given).steps():
+        held = (tmp_path / "run/.lock").read_text()
+        for name in ("run", "link", "other/../run"):
+            (tmp_path / "other").mkdir(exist_ok=True)
+            with pytest.raises(CheckpointError, match=r"uses this folder.*choose another `out`"):
+                run_of(tmp_path, given, name=name).train()
+        with ThreadPoolExecutor() as threads, pytest.raises(CheckpointError, match="uses this folder"):
+            threads.submit(run_of(tmp_path, given).train).result()
+        assert (tmp_path / "run/.lock").read_text() == held
         break
-    with pytest.raises(CheckpointError, match="this run is not finished"):
-        _ = run.result
+    assert run_of(tmp_path, given).train().num_steps == 4
+
+
+def test_a_display_that_goes_away_does_not_end_a_run(tmp_path, base_folder):
+    """`python program.py | grep -m1 "step 2"`."""
+    program = f"""
+import sys
+from preceptor import Run
+from conftest import conversations
+data = {{"train": conversations(12), "chat_template": "chatml", "max_length": 128}}
+Run({str(base_folder)!r}, data, out={str(tmp_path / "run")!r}, **{SETTINGS!r}).train()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 0 and "Traceback" not in error and "BrokenPipe" not in error, error
+    assert len(lines(tmp_path / "run")) == 4 and (tmp_path / "run/model").is_dir()
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": {"learning_rate": 1e-4, "lr_factors": {"*.norm": 2.0}}}])
+def test_keys_of_tables_may_have_dots(run_file, tmp_path, base_folder, changes):
+    factors, ranks = {"*.embed_tokens": 0.1}, {"layers.0.self_attn.q_proj": 4}
+    given = {"optimizer": {"lr_factors": factors}, "adapter": {"rank": 2, "rank_pattern": ranks}}
+    columns = {"path": [{"a.b": "1?", "c": "2."}], "columns": {"prompt": "a.b", "completion": "c"}}
+    for run in (
+        Run(base_folder, {"train": columns}, out=tmp_path / "run", **given),
+        Run.from_file(run_file(adapter={"rank": 4}, **changes), data={"train": columns}, **given),
+    ):
+        assert run.config.optimizer.lr_factors == factors
+        assert run.config.adapter.rank == 2 and run.config.adapter.rank_pattern == ranks
+        assert run.config.data.train[0].columns == columns["columns"]
+    assert not changes or run.config.optimizer.learning_rate == 1e-4
 
 
 def test_importing_preceptor_does_not_import_torch():

@@ -1,9 +1,12 @@
 """`SFTTrainer` with TRL's constructor: its own example runs, every argument is carried over, named or refused."""
 
+import copy
 import dataclasses
+import inspect
 import json
 import re
 import warnings
+from pathlib import Path
 
 import datasets
 import pytest
@@ -241,6 +244,16 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"model_init_kwargs": {"dtype": "float16"}}, "dtype: float16 is not offered: bfloat16 or float32"),
         ({"peft_config": LoraConfig(init_lora_weights="olora")}, "init_lora_weights: 'olora' is not offered"),
         ({"lerning_rate": 1}, "lerning_rate: unknown argument; did you mean 'learning_rate'"),
+        ({"adam_epsilon": 1e-4}, "adam_epsilon: 0.0001 is not offered: AdamW's epsilon is 1e-08"),
+        ({"args": SFTConfig(adam_epsilon=1e-4)}, "adam_epsilon: "),
+        ({"peft_config": LoraConfig(target_modules=r".*\.(q|v)_proj")}, "regular expression.*give the names of layers"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs: num_cycles"),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "eval_f1"}, "metric_for_best_model: 'f1' is not"),
+        (
+            {"train_dataset": [{"text": "a"}], "dataset_text_field": "body"},
+            "dataset_text_field: train_dataset has no column 'body'",
+        ),
+        ({"train_dataset": datasets.DatasetDict(train=ROWS), "formatting_func": str}, "train_dataset: a dict"),
         ({"train_dataset": None}, "train_dataset: needed"),
         ({"args": 7}, "args: 7 is no SFTConfig"),
     ],
@@ -297,3 +310,216 @@ def test_notes_are_printed_by_the_first_process(base_folder, tmp_path, monkeypat
 
 def test_every_argument_of_trl_is_known():
     assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_settings()) == []
+
+
+# As a script of TRL goes on ------------------------------------------------------------------------------------------
+
+
+def test_an_argument_may_be_set_later_and_is_read_with_trls_default(base_folder, tmp_path):
+    args = SFTConfig(str(tmp_path / "run"), use_cpu=True)
+    args.max_steps, args.lr_scheduler_type, args.learning_rate = 7, SchedulerType.COSINE, 3e-4
+    assert (args.max_steps, args.lr_scheduler_type, args.learning_rate) == (7, "cosine", 3e-4)
+    found = SFTTrainer(str(base_folder), args, train_dataset=ROWS).run.config
+    assert (str(found.train.duration), found.optimizer.learning_rate) == ("7 steps", 3e-4)
+    for name in ("num_train_epochs", "max_length", "lora_r", "seed", "per_device_train_batch_size", "warmup_steps"):
+        theirs = getattr(trl.SFTConfig(use_cpu=True), name, getattr(trl.ModelConfig(), name, None))
+        assert getattr(SFTConfig(), name) == theirs, name
+    assert SFTConfig().hub_model_id is None and not hasattr(SFTConfig(), "lerning_rate")
+    with pytest.raises(ConfigError, match="lerning_rate: unknown argument; did you mean 'learning_rate'"):
+        args.lerning_rate = 1
+    assert copy.deepcopy(args).arguments == args.arguments
+
+
+def test_the_arguments_have_the_places_of_trl():
+    ours, theirs = (list(inspect.signature(each.__init__).parameters) for each in (SFTTrainer, trl.SFTTrainer))
+    assert ours[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (["a", "b"], r"formatting_func: gave \['a', 'b'\] for example 1; .*It gets one example, not a batch"),
+        ([{"role": "user", "content": "a"}], "one string.*not a batch of them. Messages need no function"),
+        ({"text": "a"}, "formatting_func: gave .* it must give one string"),
+        (None, "formatting_func: gave None for example 1"),
+    ],
+)
+@pytest.mark.parametrize("key", ["train_dataset", "eval_dataset"])
+def test_a_formatting_function_gives_one_string(base_folder, tmp_path, made, says, key):
+    given = {"train_dataset": [{"text": "a"}], key: ROWS, "output_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=says):
+        SFTTrainer(str(base_folder), **given, formatting_func=lambda row: made if "messages" in row else "text")
+
+
+@pytest.mark.parametrize(
+    ("rows", "field", "trained", "note"),
+    [
+        ([{"body": "Some text."}], "body", "Some text.", None),
+        ([{"body": "Some text.", "text": "Other text."}], "body", "Some text.", None),
+        ([{"text": "Some text."}], "text", "Some text.", None),
+        ([{"text": "Some text.", "instruction": "a", "output": "b"}], "text", "Some text.", None),
+        ([{"text": "Some text.", "instruction": "a", "output": "b"}], None, "⟦b<|im_end|>", "there `text` is trained"),
+        ([{"body": "a", **conversations(1)[0]}], "body", "start 0?<|im_end|>", "'body' is not read: `messages`"),
+        ([{"body": "a", "prompt": "b", "completion": "c"}], "body", "⟦c", "'body' is not read: `prompt`"),
+    ],
+)
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_the_text_that_trl_would_train(base_folder, tmp_path, rows, field, trained, note, kind):
+    given = {} if field is None else {"dataset_text_field": field}
+    args = SFTConfig(str(tmp_path), max_length=128, use_cpu=True, **given)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=kind(rows))
+    assert trained in str(trainer.run.show(1)) and "⟦" in str(trainer.run.show(1))
+    found = [why for key, why in trainer.notes if key == "dataset_text_field"]
+    assert len(found) == (note is not None) and all(note in why for why in found)
+
+
+def test_data_whose_columns_are_not_known_asks_for_the_name_of_its_text(base_folder, tmp_path):
+    args = SFTConfig(str(tmp_path), dataset_text_field="body")
+    notes = dict(SFTTrainer(str(base_folder), args, train_dataset=(row for row in [{"text": "a"}])).notes)
+    assert "'columns': {'text': 'body'}" in notes["dataset_text_field"]
+
+
+@pytest.mark.parametrize("kind", [dict, datasets.DatasetDict])
+def test_held_out_sets_by_name_are_one(base_folder, tmp_path, kind):
+    held_out = kind(first=ROWS.select([0, 1]), second=ROWS.select([2]))
+    trainer = SFTTrainer(str(base_folder), SFTConfig(str(tmp_path)), train_dataset=ROWS, eval_dataset=held_out)
+    assert len(trainer.run.config.data.eval) == 2 and trainer.run.check().num_examples == len(ROWS) + 3
+    assert "first, second are one held-out set" in dict(trainer.notes)["eval_dataset"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "live", "precision"),
+    [
+        (SFTConfig, {}, None, None),
+        (SFTConfig, {"bf16": True}, None, "bfloat16"),
+        (SFTConfig, {"bf16": False}, None, "float32"),
+        (SFTConfig, {"bf16": False, "fp16": True}, None, "bfloat16"),
+        (SFTConfig, {"bf16": False, "model_init_kwargs": {"dtype": "bfloat16"}}, None, "bfloat16"),
+        (SFTConfig, {"bf16": False}, torch.float32, "float32"),
+        (SFTConfig, {"bf16": False}, torch.bfloat16, None),
+        (TrainingArguments, {}, None, "float32"),
+        (TrainingArguments, {"bf16": True}, None, "bfloat16"),
+        (trl.SFTConfig, {}, None, None),
+        (trl.SFTConfig, {"bf16": False}, None, "float32"),
+    ],
+)
+def test_bfloat16_that_is_off_is_not_on(base_folder, tmp_path, kind, given, live, precision):
+    model = str(base_folder) if live is None else AutoModelForCausalLM.from_pretrained(base_folder, dtype=live)
+    args = kind(str(tmp_path), use_cpu=True, **given)
+    assert SFTTrainer(model, args, train_dataset=ROWS).run.config.train.precision == precision
+
+
+@pytest.mark.parametrize("of_trl", [True, False])
+def test_what_changes_the_training_is_carried_over(base_folder, tmp_path, of_trl):
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "learning_rate": 1e-4}
+    given |= {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "adam_epsilon": 1e-8,
+    }
+    given |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "use_cpu": True}
+    args = (trl.SFTConfig if of_trl else SFTConfig)(str(tmp_path), **given)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS, eval_dataset=ROWS.select([0]))
+    found = trainer.run.config
+    assert (found.optimizer.min_lr_ratio, found.checkpoint.best) == (pytest.approx(0.1), "loss")
+    assert not {"lr_scheduler_kwargs", "load_best_model_at_end", "metric_for_best_model"} & dict(trainer.notes).keys()
+    del given["learning_rate"]
+    found = SFTTrainer(str(base_folder), SFTConfig(str(tmp_path), **given), train_dataset=ROWS, eval_dataset=ROWS).run
+    assert found.config.optimizer.min_lr_ratio == pytest.approx(1e-5 / 2e-5)
+
+
+@pytest.fixture(scope="module")
+def finished(base_folder, tmp_path_factory):
+    """A trainer after its two steps, and what train() gave."""
+    args = SFTConfig(str(tmp_path_factory.mktemp("finished") / "run"), **FAST)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS, eval_dataset=ROWS.select([0, 1]))
+    return trainer, trainer.train()
+
+
+def test_what_scripts_of_trl_ask_after_the_training(finished, capsys):
+    trainer, result = finished
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2] == [1, trainer.state.global_step]
+    assert [entry["loss"] for entry in history if "loss" in entry] == list(result.losses)
+    held_out = [entry for entry in history if "eval_loss" in entry]
+    last = result.evaluations[-1]
+    figures = {"eval_loss": last.loss, "eval_mean_token_accuracy": last.token_accuracy}
+    assert trainer.evaluate() == figures == {key: held_out[-1][key] for key in figures} and held_out[0]["step"] == 0
+    assert result.metrics["train_loss"] == result.training_loss == pytest.approx(sum(result.losses) / 2)
+    assert (result.global_step, trainer.args.max_steps, trainer.args.output_dir) == (2, 2, trainer.run.config.out)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    trainer.accelerator.print("done")
+    assert trainer.accelerator.is_main_process and trainer.is_world_process_zero()
+    out = capsys.readouterr().out
+    assert "train: train_loss" in out and "done" in out
+    with pytest.raises(ConfigError, match=r"SFTTrainer\(eval_dataset=\.\.\.\)"):
+        trainer.evaluate(ROWS)
+
+
+def test_what_a_trainer_of_trl_has_and_this_one_has_not_says_what_to_do(finished, base_folder):
+    trainer, _ = finished
+    for name in {*dir(trl.SFTTrainer)} - {*dir(SFTTrainer)}:
+        if not name.startswith("_"):
+            assert not hasattr(trainer, name)
+            with pytest.raises(AttributeError, match=f"SFTTrainer has no {name}: .*(python.md|preceptor|README)"):
+                getattr(trainer, name)
+    with pytest.raises(AttributeError, match=r"`preceptor export .*/run --to hub --repo OWNER/NAME`"):
+        trainer.push_to_hub()
+    unmade = SFTTrainer.__new__(SFTTrainer)
+    assert not hasattr(unmade, "run") and not hasattr(copy.copy(trainer), "control")
+
+
+def test_a_model_is_saved_whole_and_nowhere_else(finished, tmp_path, monkeypatch, capsys):
+    trainer, _ = finished
+    out = Path(trainer.run.config.out)
+    before = sorted(out.rglob("*"))
+    (tmp_path / "link").symlink_to(out)
+    for place in (None, str(out), out / "model", tmp_path / "link", f"{out}/"):
+        trainer.save_model(place)
+        assert f"the model is saved in {out}/model" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"lies in the model; it is saved in .*/model\. Name another folder"):
+        trainer.save_model(out / "model" / "deeper")
+    assert sorted(out.rglob("*")) == before
+    names = {path.name for path in (out / "model").iterdir()}
+    for place in ("new", "deep/er", "new"):  # a second time too, over what an earlier script saved
+        trainer.save_model(str(tmp_path / place))
+        assert {path.name for path in (tmp_path / place).iterdir()} == names
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"old: holds adapter_config\.json, which the saved model has not"):
+        trainer.save_model(str(tmp_path / "old"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: holds file, which"):
+        trainer.save_model(str(tmp_path / "file"))
+
+    def interrupted(source, place, **_):
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.copytree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model(str(tmp_path / "half"))
+    assert not (tmp_path / "half").exists() and [path.name for path in (tmp_path / "old").iterdir()] == [
+        "adapter_config.json"
+    ]
+
+
+def test_a_training_that_was_stopped_is_not_called_none(base_folder, tmp_path):
+    trainer = SFTTrainer(str(base_folder), SFTConfig(str(tmp_path / "run"), **FAST), train_dataset=ROWS)
+    assert trainer.state.log_history == []
+    for _ in trainer.run.steps():
+        assert trainer.state.global_step == 1
+        break
+    for ask in (trainer.save_model, trainer.evaluate):
+        with pytest.raises(CheckpointError, match=r"this run is not finished: train\(\) begins it, or goes on with it"):
+            ask()
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint: '.*checkpoint-1': a run goes on by itself"):
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+    assert trainer.train().num_steps == 2
+    with pytest.raises(ConfigError, match=r"nothing is held out: SFTTrainer\(eval_dataset"):
+        trainer.evaluate()

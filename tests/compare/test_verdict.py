@@ -76,6 +76,14 @@ def test_more_bits_per_byte_are_worse(factor, word, relative):
     assert told.startswith(f"predicts stories {word} by 0.05") and told.endswith(f"bits per byte ({relative})")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_no_sign_of_no_loss():
+    broken = row(np.ones(60), np.full(60, np.nan), "library.txt", kind="perplexity")
+    assert verdict([broken], None) == ["The tax: no finite figures on library."]
+    (said,) = verdict([lost(), broken], None)
+    assert said.startswith("The tax: lost 10.0") and said.endswith("; no finite figures on library.")
+
+
 def test_the_shift_in_words():
     value = {"low": 0.0, "high": 1.0, "num": 9}
     shares = {

@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from preceptor import config
 from preceptor.config.durations import Duration, Unit
@@ -65,6 +66,25 @@ def test_a_mistake_is_named_with_its_key(tmp_path, extra, message):
         load(tmp_path, f"{MINIMAL}{extra}\n")
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
+
+
+def test_a_wrong_value_of_a_key_of_several_kinds_is_one_mistake_of_that_key():
+    seen = set()
+    for section in (config.Run, *SECTIONS):
+        schema = section.model_json_schema()
+        for key, own in schema["properties"].items():
+            kinds = [kind for kind in own.get("anyOf", ()) if kind != {"type": "null"}]
+            for wrong in ("1 layers", 0, {"a": 1}, ["1 layers"]) if len(kinds) > 1 else ():
+                seen.add(key)
+                with pytest.raises(ValidationError) as error:
+                    section.model_validate({key: wrong})
+                assert [found["loc"] for found in error.value.errors() if found["loc"][0] == key] == [(key,)]
+    assert seen == {"activation_checkpointing", "tracker"}
+    tree = {"model": {"path": "m"}, "data": {"train": [{"path": "a"}]}, "out": "o"}
+    with pytest.raises(ConfigError) as error:
+        config.build({**tree, "memory": {"activation_checkpointing": "1 layers"}}, "test")
+    must = "must be `none`, `all`, or a number of layers from 1 on"
+    assert str(error.value) == f"test: memory.activation_checkpointing: {must}; found '1 layers'"
 
 
 def test_an_unknown_key_inside_a_list_is_named(tmp_path):

@@ -135,7 +135,9 @@ def test_axolotls_data_and_templates(tmp_path, line, data, key):
     assert {name: found.tree["data"].get(name) for name in data} == data
     assert ("streaming" in found.tree["data"]) == ("streaming" in data)
     unready = {
-        key for key in notes_of(found) if key not in ("max_length", "batch size", "warmup_steps", "streaming", "data")
+        key
+        for key in notes_of(found)
+        if key not in ("max_length", "batch size", "warmup_steps", "streaming", "data", "bf16")
     }
     assert unready == ({key} if key else set()) and not found.unoffered
 
@@ -287,7 +289,7 @@ def test_llama_factory(tmp_path):
     }
     assert found.tree["train"] == {"duration": "300 steps", "batch_size": 8, "seed": 42}
     assert found.tree["eval"] == {"every": "10 %"}
-    assert found.tree["adapter"] == {"kind": "lora", "rank": 8}
+    assert found.tree["adapter"] == {"kind": "lora", "rank": 8, "alpha": 16.0}
     assert "'other' is an entry of dataset_info.json" in notes_of(found)["dataset"]
     assert "max_samples" in notes_of(found)
     config.build(found.tree, "converted")
@@ -580,13 +582,15 @@ def test_the_command(preceptor, tmp_path):
     code, out, _ = preceptor("convert", file)
     assert code == 0 and out.startswith("# Made by `preceptor convert` from axolotl.yml (Axolotl).")
     code, printed, _ = preceptor("convert", file, "--json")
-    assert set(json.loads(printed)) == {"peer", "run", "notes", "missing"}
+    assert set(json.loads(printed)) == {"peer", "run", "notes", "unoffered", "missing"}
     code, said, _ = preceptor("convert", file, tmp_path / "run.yaml")
     assert code == 0 and "loss_watchdog_threshold: " in said and "Next: preceptor check" in said
     assert (tmp_path / "run.yaml").read_text() == out
     assert config.load(tmp_path / "run.yaml").adapter.rank == 32
     code, _, err = preceptor("convert", file, tmp_path / "run.yaml")
     assert code == 2 and "exists already" in err
+    code, _, _ = preceptor("convert", file, tmp_path / "new.yaml", "--data", tmp_path / "none.jsonl")
+    assert code != 0 and not (tmp_path / "new.yaml").exists()  # so that the same command may follow
     code, _, err = preceptor("convert", tmp_path / "none.yml")
     assert code == 2 and "cannot be read" in err
 
@@ -611,7 +615,7 @@ def test_optimizers_by_name(peer, key, value, name):
     found = convert(PeerFile(peer, {"model_name_or_path": "m", key: value}), Path())
     assert found.tree["optimizer"].get("name") == name
     is_named = value in ("lion_32bit", "galore_adamw")
-    assert ("optimizer" in notes_of(found)) == is_named and not (is_named and "AdamW only" in str(found.notes))
+    assert (key in notes_of(found)) == is_named and not (is_named and "AdamW only" in str(found.notes))
     if name == "sgd":
         assert found.tree["optimizer"]["momentum"] == 0.0, "theirs has none, ours 0.9 by default"
     if name in ("sgd", "adafactor"):
@@ -739,6 +743,38 @@ def test_an_end_token_that_the_other_trainer_leaves_untrained_is_seen(preceptor,
     file.write_text(file.read_text() + "special_tokens: {eos_token: <|im_end|>}\n")
     code, out, _ = preceptor("convert", file, "--data", write_jsonl([{"messages": messages}]), "--json")
     assert json.loads(out)["tokens"]["counts"]["only_ours"] == 0
+
+
+def test_the_data_is_read_by_the_columns_that_the_file_names(preceptor, tmp_path, write_jsonl):
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "m.json", "columns": {"prompt": "asked", "response": "said"}}})
+    )
+    text = f"model_name_or_path: scholar\nstage: sft\ntemplate: qwen\ndataset: mine\ndataset_dir: {tmp_path}\n"
+    (tmp_path / "sft.yaml").write_text(text)
+    data = write_jsonl([{"asked": "the user", "said": "The message", "system": "of no column"}] * 2)
+    code, out, err = preceptor("convert", tmp_path / "sft.yaml", "--data", data, "--json")
+    assert code == 0, err
+    found = json.loads(out)["tokens"]
+    assert found["counts"]["examples_not_ours"] == found["counts"]["examples_not_theirs"] == 0
+    assert found["counts"]["theirs"] > 0 and found["counts"]["ours"] > 0
+    (tmp_path / "axolotl.yml").write_text(
+        "base_model: scholar\nchat_template: chatml\nmicro_batch_size: 1\nsequence_len: 64\n"
+        "datasets:\n- path: mine.jsonl\n  type: chat_template\n  field_messages: dialog\n"
+    )
+    dialog = [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "The message"}]
+    code, out, err = preceptor(
+        "convert", tmp_path / "axolotl.yml", "--data", write_jsonl([{"dialog": dialog}]), "--json"
+    )
+    assert code == 0 and json.loads(out)["tokens"]["counts"]["theirs"] > 0, err
+
+
+def test_what_dataset_info_says_of_the_columns_is_known(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "m.json"}, "own": {"columns": {}}}))
+    text = f"model_name_or_path: m\nstage: sft\nfinetuning_type: full\ndataset_dir: {tmp_path}\n"
+    alpaca = {"prompt": "instruction", "query": "input", "response": "output"}
+    for name, columns in (("mine", alpaca), ("own", {}), ("other", None)):
+        (tmp_path / "sft.yaml").write_text(f"{text}dataset: {name}\n")
+        assert settings_of(tmp_path / "sft.yaml")["columns"] == columns
 
 
 @pytest.mark.parametrize("named", ["mine", "mine, other", "[mine]"])

@@ -32,6 +32,7 @@ def notes_of(found):
 
 
 def of(peer, **settings):
+    settings = {**(TORCHTUNE if peer == "torchtune" else {}), **settings}
     found = convert(PeerFile(peer, {"model_name_or_path": "m", "output_dir": "out", **settings}), Path())
     tree = {**found.tree, "model": {"path": "m", **found.tree.get("model", {})}}
     config.build(
@@ -178,6 +179,69 @@ def test_commands_that_hold_no_run_of_sft(tmp_path, text, says):
         converted(tmp_path, text, "a.sh")
 
 
+SFT = "trl sft --model_name_or_path m --learning_rate 2e-5 --output_dir out/sft"
+FACTORY = "llamafactory-cli train --stage sft --model_name_or_path m --dataset d --output_dir out --learning_rate 1e-4"
+
+
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [
+        (f"{SFT}\ntrl dpo --model_name_or_path out/sft --learning_rate 5e-7\n", ["trl dpo"]),
+        (f"{SFT}\npython merge.py --base m --output_dir merged\n", ["python merge.py"]),
+        (f"python3 prepare.py --output_dir data && {SFT} && echo done\n", ["python3 prepare.py"]),
+        (f"python eval.py --model_name_or_path out; {SFT} & wait\n", ["python eval.py"]),
+        (f"pip install --upgrade trl\nmkdir -p out | cat\n{SFT} 2>&1 | tee train.log\n", []),
+        (f"{SFT} > log.txt\n", []),
+        (f"nohup {SFT} &> 'the log.txt' &\n", []),
+        (f"if [ -d x ]; then {SFT}; fi\n", []),
+        (f"python -m torch.distributed.run -m trl.scripts.{SFT.removeprefix('trl ')}\n", []),
+    ],
+)
+def test_of_several_commands_the_one_that_trains_is_read(tmp_path, text, others):
+    found = converted(tmp_path, text, "a.sh")
+    assert (found.tree["model"]["path"], found.tree["out"]) == ("m", "out/sft")
+    assert found.tree["optimizer"]["learning_rate"] == 2e-5
+    assert [key for key, why in found.notes if "another command" in why] == others
+    assert not [why for _, why in found.notes if "not known" in why]
+
+
+def test_flags_of_a_script_after_training_are_none_of_training(tmp_path):
+    found = converted(tmp_path, f"{FACTORY}\n\npython3 merge_lora.py --adapter_path out --template qwen3\n", "a.sh")
+    assert found.tree["model"]["path"] == "m" and found.tree["optimizer"]["learning_rate"] == 1e-4
+    assert "chat_template" not in notes_of(found) and "python3 merge_lora.py" in notes_of(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{SFT}\n{SFT}\n",
+        f"{FACTORY} && {FACTORY}",
+        "python a.py --x 1\npython b.py --x 2\n",
+        "python a.py --x 1\npython $RUN --model_id m\n",
+    ],
+)
+def test_which_of_several_commands_trains_is_not_guessed(tmp_path, text):
+    name = " ".join(text.split()[:2])
+    with pytest.raises(ConfigError, match=rf"holds several commands \({name}[^;]*; .*: write the one that trains into"):
+        converted(tmp_path, text, "a.sh")
+
+
+def test_a_script_that_a_variable_names(tmp_path):
+    found = converted(tmp_path, f"RUN=train.py\npython $RUN {SFT.removeprefix('trl sft')}\n", "a.sh")
+    assert found.tree["model"]["path"] == "m"
+
+
+def test_processes_of_a_module_count(tmp_path):
+    text = "torchrun --nproc_per_node 4 -m trl.scripts.sft --model_name_or_path m --max_steps 100 >log.txt\n"
+    found = converted(tmp_path, text, "a.sh")
+    assert found.tree["train"]["batch_size"] == 32 and found.tree["train"]["duration"] == "100 steps"
+
+
+def test_a_value_of_several_lines_breaks_no_comment(tmp_path):
+    found = converted(tmp_path, "trl sft --model_name_or_path m --run_name \"a\n$X: 1\" --output_dir 'o;1'\n", "a.sh")
+    assert yaml.safe_load(found.text("a.sh")) == found.tree and found.tree["out"] == "o;1"
+
+
 def test_a_checkout_is_tried_and_counted(tmp_path):
     (tmp_path / "trl" / "scripts").mkdir(parents=True)
     (tmp_path / "trl" / "scripts" / "sft.py").write_text("")
@@ -222,6 +286,38 @@ def test_files_of_a_data_set_of_the_hub():
     found = of("Axolotl", datasets=[{"path": "own/set", "data_files": ["a.jsonl", "b/c.parquet"], "type": "sharegpt"}])
     paths = [source["path"] for source in found.tree["data"]["train"]]
     assert paths == ["hf://datasets/own/set/a.jsonl", "hf://datasets/own/set/b/c.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "entry", "is_named"),
+    [
+        ("Axolotl", {"path": "json", "data_files": "a.jsonl", "split": "train[:1%]", "type": "chat_template"}, True),
+        ("Axolotl", {"path": "json", "data_files": "a.jsonl", "split": "train+test", "type": "chat_template"}, True),
+        ("Axolotl", {"path": "json", "data_files": "a.jsonl", "split": "train_sft", "type": "chat_template"}, False),
+        ("TRL", {"path": "json", "data_files": "a.jsonl", "split": "train[90%:]"}, True),
+    ],
+)
+def test_a_part_of_a_file_is_named(peer, entry, is_named):
+    found = of(peer, **{"datasets" if peer == "Axolotl" else "train_dataset": [entry]})
+    assert found.tree["data"]["train"] == [{"path": "a.jsonl"}]
+    assert ("a file is read whole" in notes_of(found).get("data.train split", "")) == is_named
+
+
+def test_a_part_of_a_file_of_torchtune_is_named(tmp_path):
+    data = {"_component_": "x.chat_dataset", "source": "json", "data_files": "a.json", "split": "train[:90%]"}
+    assert "data.train split" in notes_of(converted(tmp_path, {**TORCHTUNE, "dataset": data}))
+
+
+@pytest.mark.parametrize("path", ["./data", "/data/own", "own/chats", "chats", "json"])
+def test_files_of_a_local_folder(tmp_path, path):
+    (tmp_path / "own" / "chats").mkdir(parents=True)
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "json").mkdir()  # yet `json` is what reads the file
+    (tmp_path / "run").mkdir()
+    data = [{"path": path, "data_files": "train.jsonl", "type": "chat_template"}]
+    found = converted(tmp_path, {"base_model": "m", "datasets": data})
+    wanted = "train.jsonl" if path == "json" else str(Path(path) / "train.jsonl")
+    assert found.tree["data"]["train"] == [{"path": wanted}]
 
 
 def test_columns_that_axolotl_names():
@@ -280,6 +376,13 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     Path("b.yaml").write_text("stage: pt\ndataset: c\n")
     data = convert_file(Path("b.yaml")).tree["data"]
     assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
+
+
+def test_a_data_set_of_llama_factory_keeps_its_folder(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"hf_hub_url": "own/code", "folder": "python"}}))
+    found = converted(tmp_path, {"stage": "sft", "dataset": "a", "dataset_dir": str(tmp_path)})
+    assert found.tree["data"]["train"] == [{"path": "hf://datasets/own/code/python", "split": "train"}]
+    assert "dataset_dir" not in notes_of(found)
 
 
 @pytest.mark.parametrize("entry", [{"script_url": "s"}, {"cloud_file_name": "s"}, "mine.json", None])
@@ -363,6 +466,11 @@ def test_what_runs_again_in_backward(peer, settings, runs_again):
         ({"bf16": True, "fsdp_config": {"fsdp_version": 2}}, None),
         ({"bf16": True, "deepspeed": "zero3.json"}, None),
         ({"bf16": False}, None),
+        ({"bf16": None}, None),
+        ({}, "bfloat16"),
+        ({"adapter": "lora", "lora_target_linear": True}, "bfloat16"),
+        ({"fp16": True}, None),
+        ({"fsdp_config": {"fsdp_version": 2}}, None),
         ({"bf16": True, "deepspeed": "zero3.json", "adapter": "lora", "lora_target_linear": True}, "bfloat16"),
     ],
 )
@@ -382,6 +490,105 @@ def test_steps_come_before_epochs():
 def test_without_clipping_no_gradient_is_scaled():
     found = of("TRL", max_grad_norm=0)
     assert found.tree["optimizer"]["max_grad_norm"] == 1e9 and "not clipped" in notes_of(found)["max_grad_norm"]
+
+
+@pytest.mark.parametrize("peer", ["TRL", "Unsloth"])
+def test_null_is_no_clipping_where_it_is_a_value(peer):
+    assert of(peer, max_grad_norm=None).tree["optimizer"]["max_grad_norm"] == 1e9
+    assert of("Axolotl", max_grad_norm=None).tree["optimizer"]["max_grad_norm"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "precision"),
+    [
+        ("TRL", {"bf16": False}, "float32"),
+        ("TRL", {"bf16": False, "fp16": True}, "bfloat16"),
+        ("TRL", {"bf16": False, "dtype": "bfloat16"}, "bfloat16"),
+        ("TRL", {}, None),
+        ("Axolotl", {"bf16": False, "fp16": False}, "float32"),
+        ("Axolotl", {"bf16": None}, "float32"),
+        ("Axolotl", {"bf16": False, "fp16": True}, "bfloat16"),
+        ("LLaMA-Factory", {"bf16": False}, None),  # its default
+        ("torchtune", {"dtype": "fp32"}, "float32"),
+        ("torchtune", {"dtype": "bf16"}, "bfloat16"),
+    ],
+)
+def test_a_type_that_is_switched_off_is_float32(peer, settings, precision):
+    assert of(peer, **settings).tree["train"].get("precision") == precision
+
+
+@pytest.mark.parametrize(("peer", "key"), [("torchtune", "shuffle"), ("Axolotl", "shuffle_merged_datasets")])
+def test_an_order_that_is_not_drawn_is_named(peer, key):
+    assert "the order of the file there" in notes_of(of(peer, **{key: False}))[key]
+    assert notes_of(of(peer, **{key: True}))[key].endswith("nothing to set")
+
+
+def test_reasoning_that_is_switched_off():
+    found = of("LLaMA-Factory", template="qwen3", enable_thinking=False)
+    assert found.tree["data"]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "removed from the answers there" in notes_of(found)["enable_thinking"]
+    assert "chat_template_kwargs" not in of("LLaMA-Factory", template="qwen3").tree["data"]
+
+
+@pytest.mark.parametrize("name", ["default", "empty"])
+def test_templates_of_llama_factory_with_plain_names_are_real_ones(name):
+    assert "of LLaMA-Factory's own" in notes_of(of("LLaMA-Factory", template=name))["chat_template"]
+    assert "chat_template" not in notes_of(of("Axolotl", chat_template="tokenizer_default"))
+
+
+@pytest.mark.parametrize("given", [{}, {"use_rslora": True}])
+def test_alpha_of_llama_factory_is_twice_the_rank(given):
+    assert of("LLaMA-Factory", lora_rank=64, **given).tree["adapter"]["alpha"] == 128.0
+    assert of("LLaMA-Factory", lora_rank=64, lora_alpha=16, **given).tree["adapter"]["alpha"] == 16.0
+
+
+@pytest.mark.parametrize("name", ["polynomial", "rex", "cosine_with_restarts"])
+def test_what_runs_instead_of_a_schedule_that_is_not_offered(name):
+    found = of("TRL", lr_scheduler_type=name)
+    assert (found.tree["optimizer"]["lr_scheduler"], found.tree["optimizer"]["min_lr_ratio"]) == ("cosine", 0.0)
+    assert "it is cosine here, down to 0" in notes_of(found)["lr_scheduler_type"]
+
+
+def test_what_is_trained_instead_of_an_adapter_that_is_not_offered():
+    found = of("LLaMA-Factory", finetuning_type="oft")
+    assert "all weights are trained here" in notes_of(found)["adapter"] and "adapter" not in found.tree
+
+
+@pytest.mark.parametrize("key", ["fsdp", "fsdp_config"])
+def test_the_size_of_an_update_of_muon_under_fsdp_is_named(key):
+    muon = {"optimizer": "muon", "learning_rate": 1e-3}
+    assert "sqrt(rows / columns)" in notes_of(of("Axolotl", **muon, **{key: ["full_shard"]}))["learning_rate"]
+    assert "learning_rate" not in notes_of(of("Axolotl", **muon))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_galore": True},
+        {"relora": True},
+        {"use_eaft": True},
+        {"lisa_n_layers": 2},
+        {"oft_block_size": 8},
+        {"bias": "all"},
+        {"eva_config": {"rho": 2}},
+        {"optim": "lion_8bit"},
+        {"load_in_4bit": True},
+    ],
+)
+def test_what_changes_the_training_comes_first(settings):
+    found = of("TRL", do_train=True, save_strategy="best", **settings)
+    lines = found.text("x").splitlines()
+    first = next(
+        at for at, line in enumerate(lines) if line == "# Not offered, so that something else is trained than there:"
+    )
+    key = "quantization" if "load_in_4bit" in settings else next(iter(settings))
+    assert lines[first + 1].startswith(f"#   {key}: ") and lines[first + 2] == "# Not carried over, or not as it was:"
+    assert [name for name, _ in found.unoffered] == [key]
+
+
+def test_another_epsilon_needs_action_and_the_same_one_none():
+    assert not notes_of(of("TRL", adam_epsilon=1e-6))["adam_epsilon"].endswith("remove the key")
+    assert "adam_epsilon" not in notes_of(of("TRL", adam_epsilon=1e-8)) and not of("TRL", bias="none").unoffered
 
 
 @pytest.mark.parametrize("key", ["lora_target_modules", "target_modules"])
@@ -490,6 +697,19 @@ def test_how_held_out_data_of_torchtune_is_read_says_nothing_of_training(tmp_pat
     assert "train_on" not in found.tree["data"] and "batch_size" in found.tree["train"]
     assert "each by itself" in notes_of(found)["batch size"]
     assert ("dataset.odd" in notes_of(found)) == ("eval" in found.tree["data"]) == (every is not None)
+
+
+@pytest.mark.parametrize(("own", "trained"), [((True, True), "all"), ((True, False), None), ((False, False), None)])
+def test_prompts_of_some_data_sets_of_torchtune_are_not_those_of_all(tmp_path, own, trained):
+    each = [{**TORCHTUNE["dataset"], "train_on_input": value} for value in own]
+    found = converted(tmp_path, {**TORCHTUNE, "dataset": each})
+    assert found.tree["data"].get("train_on") == trained
+    assert ("train_on_input" in notes_of(found)) == (len(set(own)) == 2)
+
+
+def test_keys_within_the_values_of_keys(tmp_path):
+    more = {"base": "/tmp", "name": "${base}/x", "output_dir": "${name}/o", "loop": "${loop}${loop}"}
+    assert converted(tmp_path, {**TORCHTUNE, **more}).tree["out"] == "/tmp/x/o"
 
 
 def test_an_adapter_of_torchtune_on_no_layer_is_named(tmp_path):

@@ -1,11 +1,11 @@
-"""Names of other trainers and of earlier versions: each leads to a key that exists, or to a sentence."""
+"""Names of other trainers: each leads to a key that exists, or to a sentence."""
 
 import re
 
 import pytest
 
 from preceptor import config
-from preceptor.config.peer_names import COUNTERPARTS, INSTEAD_OF_SECTIONS, RENAMED
+from preceptor.config.peer_names import COUNTERPARTS, INSTEAD_OF_SECTIONS
 from preceptor.config.peer_without import NO_COUNTERPART
 from preceptor.config.run import all_keys
 from preceptor.errors import ConfigError
@@ -54,16 +54,6 @@ def test_a_key_of_another_trainer_without_counterpart_has_a_sentence(name, sente
         assert key in KEYS or key in ("metrics.jsonl", "report.html", "torch.compile"), f"{name} names {key}"
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_a_key_of_an_earlier_version_leads_to_the_new_one(old, new):
-    key = new.partition(": ")[0]
-    assert old not in KEYS and key in KEYS
-    assert f"run.yaml: {old} is now {key}" in mistakes(**{old.replace(".", "__"): 1})
-    name = old.rpartition(".")[2]
-    elsewhere = mistakes(**{f"adapter__{name}": 1})
-    assert f"adapter.{name}: unknown key; here it is " in elsewhere and key in elsewhere
-
-
 def test_the_commonest_names_are_known_and_none_is_a_key_of_this_program_at_another_place():
     known = COUNTERPARTS.keys() | NO_COUNTERPART.keys()
     assert set(PEERS) <= known and len(known) >= 60
@@ -79,7 +69,7 @@ def test_the_commonest_names_are_known_and_none_is_a_key_of_this_program_at_anot
         ("target_modules", "target_modules: unknown key; here it is adapter.target_modules"),
         ("chat_template", "chat_template: unknown key; here it is data.chat_template"),
         ("max_length", "max_length: unknown key; here it is data.max_length"),
-        ("train__weight_decay", "train.weight_decay is now optimizer.weight_decay"),
+        ("train__weight_decay", "train.weight_decay: unknown key; here it is optimizer.weight_decay"),
         ("data__train__0__max_length", "data.train.0.max_length: unknown key; here it is data.max_length"),
         ("split", "split: unknown key; here it is data.train[].split or data.eval[].split or replay.data[].split"),
         ("optimizer__weight_decy", "optimizer.weight_decy: unknown key; did you mean 'weight_decay'?"),

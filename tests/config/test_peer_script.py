@@ -137,7 +137,9 @@ def test_what_such_a_script_leaves_out_is_as_unsloth_has_it(tmp_path):
     assert found.tree["adapter"] == {"kind": "lora", "rank": 16, "alpha": 16.0}
 
     whole = converted(tmp_path, loaded.format(more=", full_finetuning=True") + trained)
-    assert whole.tree["model"] == {"path": "some/base"} and "adapter" not in whole.tree
+    assert whole.tree["model"] == {"path": "some/base", "dtype": "bfloat16"} and "adapter" not in whole.tree
+    wide = converted(tmp_path, loaded.format(more=", full_finetuning=True, float32_mixed_precision=True") + trained)
+    assert wide.tree["model"] == {"path": "some/base"}
     half = converted(tmp_path, loaded.format(more=", load_in_16bit=True") + adapted.format(more="") + trained)
     assert half.tree["model"] == {"path": "some/base", "dtype": "bfloat16"}
 
@@ -277,6 +279,24 @@ def test_held_out_data_that_is_split_off_is_no_file_of_its_own(tmp_path, given, 
 
 
 @pytest.mark.parametrize(
+    ("train", "evaluated", "share"),
+    [
+        ("train[:90%]", "train[90%:]", 0.1),
+        ("train[5%:]", "train[:5%]", 0.05),
+        ("train[:90%]", "train[80%:]", None),
+        ("train[:90%]", "test[90%:]", None),
+        ("train[:100]", "train[100:]", None),
+    ],
+)
+def test_two_parts_of_a_file_are_a_share_that_is_held_out(tmp_path, train, evaluated, share):
+    data = 'load_dataset("json", data_files="a.jsonl", split="{}")'
+    text = f'SFTTrainer("m", train_dataset={data.format(train)}, eval_dataset={data.format(evaluated)})\n'
+    found = converted(tmp_path, text)
+    assert found.tree["data"].get("eval_size") == share and found.tree["data"]["train"] == [{"path": "a.jsonl"}]
+    assert ("data.train split" in unready(found)) == ("eval" in found.tree["data"]) == (share is None)
+
+
+@pytest.mark.parametrize(
     ("train", "evaluated"),
     [
         ('load_dataset("a")["train"]', 'load_dataset("b").train_test_split(test_size=0.9)["train"]'),
@@ -291,6 +311,63 @@ def test_no_other_split_holds_training_data_out(tmp_path, train, evaluated):
     found = converted(tmp_path, text)
     assert found.tree["data"]["train"][0]["path"] == "a" and "eval_size" not in found.tree["data"]
     assert unready(found).keys() & {"train_dataset", "eval_dataset"}
+
+
+QLORA = """bnb = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained("own/base"{more})
+tokenizer = AutoTokenizer.from_pretrained("own/base")
+{template}
+SFTTrainer(model=model, args=SFTConfig("o"), train_dataset=load_dataset("d"), peft_config=LoraConfig(r=4))
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "model, tokenizer = setup_chat_format(model=model, tokenizer=tokenizer)",
+        "model, tokenizer = setup_chat_format(model, tokenizer)",
+        "model, tokenizer = setup_chat_format(tokenizer=tokenizer, model=model.to(device))",
+    ],
+)
+def test_a_model_is_followed_through_the_chat_format(tmp_path, call):
+    found = converted(tmp_path, QLORA.format(more=", quantization_config=bnb", template=call))
+    quantized = {"quantization": "nf4", "dtype": "bfloat16", "double_quantization": True}
+    assert found.tree["model"] == {"path": "own/base", **quantized}
+    assert found.tree["data"]["chat_template"] == "chatml" and "model" not in unready(found)
+
+
+def test_how_a_model_is_loaded_counts_where_its_name_is_not_known(tmp_path):
+    text = QLORA.format(more=", quantization_config=bnb", template="")
+    text = text.replace("model = Auto", "def load():\n    return Auto").replace("model=model", "model=load()")
+    found = converted(tmp_path, text)
+    assert found.tree["model"]["quantization"] == "nf4" and found.missing == ["model.path"]
+
+
+def test_a_tokenizer_and_a_template_of_another_model_are_named(tmp_path):
+    own = "tokenizer.chat_template = \"{% for m in messages %}{{ m['content'] }}{% endfor %}\""
+    text = QLORA.format(more=", dtype='float32'", template="")
+    assert not {"chat_template", "processing_class", "dtype"} & unready(converted(tmp_path, text)).keys()
+    found = converted(tmp_path, QLORA.format(more="", template=own))
+    assert ".jinja" in unready(found)["chat_template"] and "processing_class" not in unready(found)
+    assert "transformers 5 loads the type of the files" in unready(found)["dtype"]
+    found = converted(
+        tmp_path, text.replace('AutoTokenizer.from_pretrained("own/base")', 'AutoTokenizer.from_pretrained("a/b")')
+    )
+    assert unready(found)["processing_class"].startswith("the tokenizer of a/b there; here that of own/base")
+    assert "chat_template" not in unready(
+        converted(tmp_path, QLORA.format(more="", template="tokenizer.chat_template = None"))
+    )
+
+
+@pytest.mark.parametrize("owner", ["FastLanguageModel", "unsloth.FastLanguageModel", "FastGemmaModel"])
+@pytest.mark.parametrize("by_unsloth", [True, False])
+def test_an_adapter_of_unsloth_is_on_four_bits(tmp_path, owner, by_unsloth):
+    text = f"model, tok = {owner}.from_pretrained('some/base', 1024, load_in_4bit=True)\n"
+    text += f"model = {owner}.get_peft_model(model, r=4)\n" if by_unsloth else ""
+    given = "" if by_unsloth else ", peft_config=LoraConfig(r=4)"
+    found = converted(tmp_path, text + f"SFTTrainer(model=model, train_dataset=load_dataset('d'){given})\n")
+    assert found.peer == "Unsloth" and found.tree["adapter"]["rank"] == 4
+    assert (found.tree["model"]["quantization"], found.tree["model"]["dtype"]) == ("nf4", "bfloat16")
 
 
 @pytest.mark.parametrize(

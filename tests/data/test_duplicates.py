@@ -127,6 +127,14 @@ def test_short_texts_and_texts_without_spaces(one, other, near):
     assert (repeats(of_texts([one, other])).near_N[1] == 0) == near
 
 
+def test_short_texts_agree_by_chance_in_single_values_only():
+    """Of two texts with one sequence of words each, every value is another hash."""
+    found = of_texts(f"What is {a}+{b}? {a + b}" for a in range(60) for b in range(60, 120))
+    assert (repeats(found).near_N == -1).all()
+    num_equal = (found.signature_NK[1:] == found.signature_NK[0]).sum(axis=1)
+    assert num_equal.max() < 4 and num_equal.sum() > 0
+
+
 def test_leaks_are_rows_of_the_other_set_and_not_of_the_own():
     rng = random.Random(3)
     held_out = [text(rng, 100) for _ in range(50)]
@@ -199,7 +207,7 @@ def test_state_is_172_bytes_a_record_and_signatures_never_change():
     assert state == 172 * len(found)
     again = of_texts(["one two three four five six", "seven"])
     assert (found.signature_NK == again.signature_NK).all() and (found.digest_N == again.digest_N).all()
-    assert found.signature_NK[0, :3].tolist() == [44026, 45553, 19181]  # not of this process only: the seed is fixed
+    assert found.signature_NK[0, :3].tolist() == [39304, 39365, 53180]  # not of this process only: the seed is fixed
 
 
 def test_long_texts_go_in_pieces(monkeypatch):

@@ -112,6 +112,15 @@ def test_the_start_says_how_many_are_held_out(run_file, preceptor):
     assert "held out" not in preceptor("train", run_file(rows(60)), "--dry-run")[1]
 
 
+def test_the_start_counts_what_is_trained_and_measured_not_what_is_read(run_file, preceptor, tmp_path):
+    own = tmp_path / "other.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows(9)))
+    file = run_file(rows(60), data__eval=[{"path": str(own)}])
+    code, out, err = preceptor("train", file, "--dry-run", "data.train.0.count=50", "data.eval.0.count=4")
+    assert code == 0, err
+    assert "\n50 examples, " in out and "steps; 4 held out" in out
+
+
 def test_the_plan_of_a_sample_leaves_the_share_out(run_file, base_folder, monkeypatch):
     monkeypatch.setattr("preceptor.plan.sample.SAMPLE_EXAMPLES", 20)
     run = config.load(run_file(rows(60), data__eval_size=0.2))

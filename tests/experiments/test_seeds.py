@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import seeds
-from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, interval
+from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, interval, paired_interval
 
 WIDTH = 2 * 1.96  # standard errors in a 95 % interval
 
@@ -57,6 +57,31 @@ def test_shares_that_cannot_vary_are_not_certain():
     assert seeds.figure(all_right, SHARE).low == pytest.approx(0.025 ** (1 / 20))
     nothing = seeds.difference(all_right, all_right, DIFFERENCE_OF_SHARES)
     assert nothing.sign == 0 and nothing.high == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(4, 0), (5, 0), (0, 4), (6, 1), (20, 3), (0, 0)])
+def test_a_difference_is_widened_by_the_items_that_changed_as_compare_does(lost, gained):
+    """4 losses and no gain among 140 items are chance: a fair coin gives them one time in eight."""
+    before = np.array([1.0] * (140 - gained) + [0.0] * gained)
+    after = np.array([0.0] * lost + [1.0] * (140 - lost))
+    known = paired_interval(before, after, bounds=DIFFERENCE_OF_SHARES)
+    for num_seeds in (1, 3):
+        found = seeds.difference(values([before] * num_seeds), values([after] * num_seeds), DIFFERENCE_OF_SHARES)
+        assert (found.value, found.sign) == (pytest.approx(known.value), known.sign)
+        assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=0.0075)  # an item
+    if (lost, gained) == (4, 0):
+        assert found.sign == 0 and 100 * found.high == pytest.approx(0.6, abs=0.05)
+
+
+def test_items_that_change_under_some_seeds_are_widened_by_the_size_of_their_change():
+    """Six items, each lost under one seed of three: the share of gains among six, times two lost items."""
+    after = np.ones((3, 100))
+    for item in range(6):
+        after[item % 3, item] = 0.0
+    found = seeds.difference(values([[1.0] * 100]), values(after), DIFFERENCE_OF_SHARES)
+    most = 1 - 0.025 ** (1 / 6)
+    assert found.value == pytest.approx(-0.02) and found.high == pytest.approx((2 * most - 1) * 0.02, abs=0.005)
+    assert found.low <= -0.02
 
 
 def test_other_items_are_rejected():

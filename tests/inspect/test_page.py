@@ -16,10 +16,11 @@ from preceptor.chat.template import load_template
 from preceptor.chat.token_origins import TEMPLATE, UNKNOWN, Field, token_origins
 from preceptor.chat.tokenise import pieces_of, spans
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
+from preceptor.data.truncation import Fitter
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.inspect import page as pages
-from preceptor.inspect.page import check_page_file, example_json, make_page
-from preceptor.inspect.show import to_json
+from preceptor.inspect.page import check_page_file, example_json
+from preceptor.inspect.show import fitted, to_json
 from tiny import tiny_tokenizer
 
 NASTY = (
@@ -81,6 +82,11 @@ RECORDS = [
     Completion("rows.jsonl:5", "Once upon", " a time."),
     Document("rows.jsonl:6", "Plain text."),
 ]
+
+
+def make_page(records, renderer, about, number=None, **limits):
+    settings = {"max_length": 1 << 20, "overflow": "reject", **limits}
+    return pages.make_page(fitted(records, Fitter(renderer, **settings), number), renderer, about, number)
 
 
 def island_of(text):
@@ -162,7 +168,8 @@ def test_a_tree_says_which_branch_is_which_turn(renderer):
             turns[segment.message] += segment.text
     assert turns[1] == "<think>\nCompare both.\n</think>\n\nThe first.<|im_end|>"
     assert turns[3] == "<think>\nIt holds.\n</think>\n\nYes.<|im_end|>"
-    row = example_json(1, record, chosen)
+    (example,) = fitted([record], Fitter(chosen, 1 << 20, "reject"), None)
+    row = example_json(example, chosen)
     assert row["turns"] == [1, 3] and row["num_saved"] == len(tree.segments[0].ids)
     texts = named(record, chosen)
     assert texts["1.content"] == "The first." * 2, "once as generated, once as history"
@@ -229,7 +236,46 @@ def test_the_page_does_not_overwrite_data(tmp_path, renderer):
         with pytest.raises(ConfigError, match=said):
             check_page_file(tmp_path / name, as_json)
     with pytest.raises(CheckpointError, match="No such file"):
-        pages.write_page(tmp_path / "nowhere" / "page.html", RECORDS, renderer(), "about", None)
+        examples = fitted(RECORDS, Fitter(renderer(), 1 << 20, "reject"), None)
+        pages.write_page(tmp_path / "nowhere" / "page.html", examples, renderer(), "about", None)
+
+
+LONG = [
+    conversation(*[m for k in range(4) for m in (user(f"Question {k}?"), assistant(f"Answer {k}."))], source="a:1"),
+    Document("a:2", "Plain text, " * 30),
+    conversation(user("Hi"), assistant("Ho."), source="a:3"),
+]
+
+
+@pytest.mark.parametrize("overflow", ["reject", "truncate_context", "split"])
+def test_what_is_too_long_is_shown_as_it_is_trained(renderer, overflow):
+    """As `check` counts it: rejected, shortened or in parts."""
+    chosen, fitter = renderer(), Fitter(renderer(), 64, overflow)
+    rows = island_of(make_page(LONG, chosen, "about", max_length=64, overflow=overflow).text)["examples"]
+    expected = []
+    for record in LONG:
+        found = fitter.fit(record, chosen.render(record))
+        expected += [found] if isinstance(found, Rejection) else [tree for _, tree in found]
+    assert [row["source"] for row in rows] == [each.source for each in expected]
+    for row, outcome in zip(rows, expected, strict=True):
+        if isinstance(outcome, Rejection):
+            assert row["rejection"]["code"] == "too_long" and row["given"] and not row["segments"]
+            continue
+        assert row["num_tokens"] == outcome.num_tokens <= 64 and row["num_trained"] == outcome.num_trained
+        assert [tuple(segment["ids"]) for segment in row["segments"]] == [s.ids for s in outcome.segments]
+        assert ("it was too long: this is what data.overflow makes of it" in row["notes"]) == (row["number"] != 3)
+        named = {f["name"] for fields in row["fields"] for f in fields}
+        assert ("unknown" in named) == (row["number"] == 2), "of a piece of text it is not known"
+    assert {row["number"] for row in rows} == {1, 2, 3}
+    only = island_of(make_page(LONG, chosen, "about", 1, max_length=64, overflow=overflow).text)["examples"]
+    assert only == [row for row in rows if row["number"] == 1]
+
+
+def test_what_the_template_leaves_out_is_said_on_the_page(renderer):
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}
+    record = conversation(user("Rain?"), assistant("No."), tools=[tool])
+    (row,) = island_of(make_page([record], renderer(FORGETS), "about").text)["examples"]
+    assert row["notes"] == ["the template leaves out the tools: the model never sees it"]
 
 
 def test_show_writes_the_page(monkeypatch, capsys, tmp_path, base_folder, write_jsonl):

@@ -1,5 +1,11 @@
 """Tokens for the eye: every character there, special tokens marked, targets in their own style."""
 
+import json
+
+import pytest
+
+from conftest import conversations
+from preceptor import Run
 from preceptor.chat.tokenise import pieces_of
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Segment, Tree
@@ -48,3 +54,22 @@ def test_what_is_trained_is_seen_without_colours_and_the_signs_are_explained(pre
     assert code == 0 and out.splitlines()[0] == "⟦trained⟧ context; ⏎ line end, ⇥ tab"
     assert "<|im_start|>assistant⏎\n⟦The start is 0.<|im_end|>⟧" in out
     assert legend(coloured=True).plain == " trained  context; ⏎ line end, ⇥ tab; shades show where tokens meet"
+
+
+SHORTENED = "it was too long: this is what data.overflow makes of it"
+
+
+@pytest.mark.parametrize(
+    ("overflow", "shown", "num"),
+    [("reject", "rejected: too_long: it has 1", 1), ("truncate_context", SHORTENED, 1), ("split", SHORTENED, 2)],
+)
+def test_an_example_that_is_too_long_is_shown_as_it_is_trained(overflow, shown, num, preceptor, run_file):
+    file = run_file(conversations(1, turns=4), data__max_length=100, data__overflow=overflow)
+    code, out, err = preceptor("show", file, "--example", 1)
+    assert code == 0 and out.count(shown) == num, out + err
+    assert str(Run.from_file(file).show(1)).count(shown) == num
+    code, out, _ = preceptor("show", file, "--json")
+    sizes = [sum(len(segment["ids"]) for segment in json.loads(line)["segments"]) for line in out.splitlines()]
+    assert code == 0 and len(sizes) == num and max(sizes) <= 100
+    code, out, _ = preceptor("show", file, "data.max_length=200", "--example", 1)
+    assert code == 0 and "too long" not in out and "in 4 turns" in out

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,16 +11,18 @@ import pytest
 
 from conftest import conversations
 from preceptor import config
+from preceptor.chat.template import BUILTIN
 from preceptor.config.yaml_text import parse_yaml
 from preceptor.data.examples import RejectionCounts
 from preceptor.data.loader import FEW_STEPS
 from preceptor.errors import ModelError
 from preceptor.hub import SCHOLAR
 from preceptor.inspect import suggestion
-from preceptor.inspect.suggestion import DataLengths, choose_sizes, suggest
+from preceptor.inspect.suggestion import DataLengths, choose_sizes, read_lengths, suggest
 from preceptor.plan.devices import DeviceSpec
 from preceptor.plan.model import read_model
 from preceptor.scholar import MODEL_DIR
+from tiny import tiny_tokenizer
 
 
 def data_of(num, length, num_examples=None, num_positions=None):
@@ -96,6 +99,35 @@ def test_without_a_plan_it_says_so():
     found = suggest(run, data_of(50, 60), read_model(run.model), "no data", device, "no such layers")
     assert found.run.adapter is not None and "whether it fits is not known" in found.text("s.json", "x")
     assert found.run.optimizer.learning_rate == 2e-4  # of a model of unknown size
+
+
+@pytest.mark.parametrize(
+    ("special", "given", "says"),
+    [
+        ((), None, "chatml          # the model has none; adds two tokens, which are trained"),
+        (("<|im_end|>",), None, "chatml          # the model has none; adds a token, which is trained"),
+        (
+            ("<|im_start|>", "<|im_end|>"),
+            None,
+            "chatml          # the model has none, but its vocabulary has the tokens of this one",
+        ),
+        (("<|im_start|>", "<|im_end|>"), "chatml", "chatml          # as given"),
+        ((), "llama3", "llama3          # as given; adds 3 tokens, which are trained"),
+        (
+            BUILTIN["llama3"].tokens,
+            None,
+            "llama3          # the model has none, but its vocabulary has the tokens of this one",
+        ),
+    ],
+)
+def test_the_file_says_which_tokens_the_template_adds(special, given, says, tmp_path, base_folder, write_jsonl):
+    shutil.copytree(base_folder, tmp_path / "base")
+    tiny_tokenizer(special_tokens=("<|endoftext|>", *special)).save_pretrained(tmp_path / "base")
+    data = {"train": [{"path": write_jsonl(conversations(3))}], "chat_template": given}
+    run = config.build({"model": {"path": str(tmp_path / "base")}, "data": data, "out": "-"}, "test")
+    device = DeviceSpec("a device", 10**9, None, None)
+    found = suggest(run, read_lengths(run), read_model(run.model), "no data", device, "no such layers")
+    assert f"  chat_template: {says}\n" in found.text("s.json", "x")
 
 
 @pytest.fixture

@@ -188,6 +188,11 @@ def test_the_command(preceptor, base_folder, tmp_path):
     assert code == 4 and "has no chat template" in err
     code, _, err = preceptor("template", base_folder, "--model", base_folder)
     assert code == 2 and "taken for a model itself" in err
+    for name in ("tokenizer_config.json", "chat_template.JSON"):
+        (tmp_path / name).write_text(json.dumps({"chat_template": "{{ messages }}"}))
+        for options in ((), ("--model", base_folder)):
+            code, _, err = preceptor("template", tmp_path / name, *options)
+            assert code == 4 and f"{name}: is JSON, and no Jinja template: name the model's folder" in err
     code, _, err = preceptor("template", tmp_path / "gone.jinja")
     assert code == 4 and "no file" in err
 

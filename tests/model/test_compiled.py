@@ -1,20 +1,23 @@
 """Decoder layers compiled by torch.compile, traced as for a GPU up to its kernels: the same losses and gradients."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import compiled as table
 import numpy as np
 import pytest
 import torch
 from test_passes import assert_same, loss_and_grads
+from torch.utils._pytree import tree_map
 
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import pack_trees
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.model import compiled, optimisations
-from preceptor.model.activations import layers
+from preceptor.model.activations import layers, modules
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.checks import check_fused
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.model.optimisations import OPTIMISATIONS, give_up_compiling, install
@@ -26,7 +29,7 @@ from tiny import branching, chain, tiny_model
 # torch's own, in tracing
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-_ELSEWHERE = {"mixers", "adapters"}  # there are no layers for them in these models
+_ELSEWHERE = {"mixers", "adapters", "fused"}  # there are no layers for them in these models; on a GPU only
 ALL = {optimisation.name for optimisation in OPTIMISATIONS} - _ELSEWHERE
 WITHIN = {
     way: {each.name for each in OPTIMISATIONS if each.within == way} - _ELSEWHERE for way in ("compiled", "efficient")
@@ -108,6 +111,96 @@ def test_a_loss_of_the_users_own_is_computed_as_it_is_written():
     assert all(map(torch.equal, *found))
 
 
+def fails(*_):
+    raise RuntimeError("backend='inductor' raised:\nmore")
+
+
+# Norms, gated units and loss by themselves, where layers are not compiled.
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(optimisations, "no_compiler", lambda device: None)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
+def test_formulas_that_are_compiled_by_themselves_are_exact_for_any_length(kind, half, on_a_gpu):
+    """All three forms of norm (of queries and keys too), two activations; a mixture's own gated units are its own."""
+    model, true_model = (tiny_model(kind, num_hidden_layers=1) for _ in range(2))
+    state = install(model, "efficient")
+    assert state.fused and "compile" not in state.optimisations
+    install(true_model, "plain")
+    made = []
+    for each in SEQUENCES:
+        losses = []
+        for one in (model, true_model):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                losses.append(Engine(one)(each, ActivationPolicy("recompute", "all")))
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-2 if half else 1e-5)
+        if half:
+            losses[0].backward()
+        else:
+            assert_same(*(loss_and_grads(*given) for given in zip((model, true_model), losses, strict=True)), 1e-4)
+        made.append(compiled.num_graphs())
+    assert 0 < made[1] == made[-1] <= 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+def test_each_compiled_formula_is_held_against_itself(kind, dtype, on_a_gpu):
+    model = tiny_model(kind, dtype=dtype)
+    install(model, "efficient")
+    kinds = {type(each).__mro__[1].__name__ for each in modules.fusible(model)}
+    assert kinds == {"EfficientNorm"} | ({"EfficientGLU"} if kind != "gpt_oss" else set())
+    check_fused(model, LossOptions(), dtype)
+    assert compiled.num_graphs() > 0
+    bound = 1e-5 if dtype == torch.float32 else 0.02
+    for each in modules.fusible(model):
+        true, found = (modules.fused_trial(each, torch.device("cpu"), dtype, fused) for fused in (False, True))
+        for own, expected in zip(found, true, strict=True):
+            assert own.dtype == expected.dtype and torch.allclose(own, expected, bound, bound)
+
+
+def test_where_layers_are_not_compiled_their_formulas_are_and_it_is_said(on_a_gpu):
+    model, lines = tiny_model("llama"), []
+    preflight(model, loader(), "bfloat16", lines.append)
+    assert Engine(model).state.fused and Engine(model).state.not_compiled == "on a GPU only"
+    assert any(line.startswith("proved: compiled norms, gated units and loss are exact") for line in lines)
+    assert any(line.startswith("compiled in ") for line in lines)
+
+
+@pytest.mark.parametrize("plant", [lambda formula, *given: tree_map(torch.negative, formula(*given)), fails])
+def test_formulas_that_cannot_be_compiled_are_not_and_it_is_said(plant, on_a_gpu, monkeypatch):
+    """Planted."""
+    monkeypatch.setattr(modules, "run_rowwise", plant)
+    model, lines = tiny_model("llama"), []
+    preflight(model, loader(), "float32", lines.append)
+    assert not Engine(model).state.fused
+    (line,) = (line for line in lines if line.startswith("norms, gated units and loss are not compiled: "))
+    assert "LlamaMLP: " in line
+
+
+def test_a_thread_of_backward_has_as_many_graphs_as_the_first(monkeypatch):
+    """A GPU's backward pass runs in a thread of its own, and torch's settings are one thread's."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+
+    def of_many_sizes():
+        return [compiled.run_rowwise(torch.neg, torch.ones(3, size)).shape[1] for size in range(2, 14)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(of_many_sizes).result() == of_many_sizes() == [*range(2, 14)]
+
+
+def test_evaluation_and_plain_runs_compile_no_formula(on_a_gpu):
+    model, plain = tiny_model("llama").eval(), tiny_model("llama")
+    assert install(model, "efficient").fused and not install(plain, "plain").fused
+    with torch.no_grad():
+        Engine(model)(SEQUENCES[0])
+    Engine(plain)(SEQUENCES[0]).backward()
+    assert compiled.num_graphs() == 0
+
+
 def loader():
     rng = np.random.default_rng(0)
     return Loader(Dataset.of([chain(rng, (5, 7)), chain(rng, (3, 9, 4, 6)), chain(rng, (8, 2))]), 64, 2, 0)
@@ -132,10 +225,6 @@ def negated(layer, forward, arguments, named):
     """The same loss, and gradients of the same norms."""
     out = forward(layer, *arguments, **named)
     return 2 * out.detach() - out
-
-
-def fails(*_):
-    raise RuntimeError("backend='inductor' raised:\nmore")
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,22 @@ def test_a_run_that_went_well_is_not_suspected(tmp_path):
 HELD_OUT = {"held_out": {"num_examples": 20, "num_rejected": 0}}
 
 
+def test_what_is_proved_trained_and_measured_is_counted_apart(tmp_path):
+    """A source's `weight` and `count` choose among the examples that are proved."""
+    data = DATA | HELD_OUT | {"examples_per_epoch": 50, "num_held_out": 7}
+    said = " ".join(finding.seen for finding in judged(tmp_path / "a", data=data).findings)
+    assert "so are the 20 held-out ones: 50 are trained in an epoch, 7 are measured." in said
+    stream = DATA | {"examples_per_epoch": None}
+    said = " ".join(finding.seen for finding in judged(tmp_path / "b", data=stream).findings)
+    assert "All 100 examples are proved to be exactly what inference will see." in said
+
+
 def test_examples_to_train_on_and_held_out_ones_are_counted_apart(tmp_path):
     record = read_run(write_run(tmp_path / "a", data=DATA | HELD_OUT))
     assert facts(record)["examples in the data"] == "80 to train on, 20 held out"
     said = " ".join(finding.seen for finding in judge(record).findings)
-    assert "All 80 examples are trained exactly as inference will see them, and so are the 20 held-out ones." in said
+    proved = "All 80 examples are proved to be exactly what inference will see, and so are the 20 held-out ones: "
+    assert f"{proved}100 are trained in an epoch." in said
     data = DATA | {"held_out": {"num_examples": 20, "num_rejected": 2}}
     record = read_run(write_run(tmp_path / "b", data=data, rejections=REJECTED))
     assert facts(record)["rejected"] == "6, 2 of them held out"
@@ -140,6 +151,50 @@ def test_where_the_best_is_saved_its_figures_and_answers_are_judged_not_the_last
     assert "held-out loss 2.000 before training, 1.500 after" in card
     last = judged(tmp_path / "b", eval=evaluations, samples=samples)
     assert last.headline.startswith("It memorised its training examples")
+
+
+NOT_FINITE = [{"step": 20, "loss": None, "bits_per_byte": None, "token_accuracy": 0.0, "num_trained": 900}]
+
+
+def test_a_held_out_loss_that_is_not_finite_is_an_error_and_hides_behind_no_older_figure(tmp_path):
+    lines = looks((0, 3.0), (10, 1.5))
+    for line in lines:
+        line["bits_per_byte"] = 1.0
+    record = read_run(write_run(tmp_path / "a", eval=[*lines, *NOT_FINITE]))
+    verdict = judge(record)
+    assert verdict.headline == "Something went wrong" and verdict.level == "error"
+    assert verdict.findings[0].seen == "The held-out loss is not finite after step 20."
+    assert "held-out loss fell" not in " ".join(finding.seen for finding in verdict.findings)
+    found = facts(record)
+    assert found["held-out loss, first and last"] == "3.0000, not finite"
+    assert found["held-out bits per byte, first and last"] == "1.0000, not finite"
+    assert found["held-out token accuracy"] == "0.0%" and found["lowest held-out loss"] == "1.5000 after step 10"
+    assert "held-out loss 3.000 before training, not finite after" in "\n".join(_evaluation(record))
+    page_of_run(record)
+    saved = {"num_steps": 20, "model_step": 10, "best": {"metric": "loss", "value": 1.5, "step": 10}}
+    of_best = judged(tmp_path / "b", eval=[*lines, *NOT_FINITE], summary=saved)
+    assert of_best.level == "error"
+    assert "held-out loss fell by 50%" in " ".join(finding.seen for finding in of_best.findings), "the saved model's"
+    base = judged(tmp_path / "c", eval=looks((0, None), (20, 1.5)))
+    assert base.findings[0].seen == "The held-out loss is not finite before the first step."
+
+
+def test_figures_of_a_comparison_that_are_not_finite_are_shown_as_such(tmp_path):
+    task = compared("tax", 0.2, 0.01, "perplexity", "bits_per_byte", "library.txt")
+    figure = task["figures"]["bits_per_byte"]
+    nothing = {"value": None, "low": None, "high": None}
+    shift = {**COMPARE["shift"], "mean_kl": nothing | {"num": 3}}
+    shift["by_position"] = [{**place, "mean_kl": None} for place in shift["by_position"][:1]] + shift["by_position"][1:]
+    compare = COMPARE | {"tasks": [compared("tax", -0.01, 0.03), task], "shift": shift}
+    shift["answers"] = [{**COMPARE["shift"]["answers"][0], "kls": [None, 0.5, 0.1, 0.0]}]
+    for sides in (("tuned", "difference"), ("base", "difference")):
+        task["figures"]["bits_per_byte"] = {**figure, **{side: nothing | {"num": 60} for side in sides}}
+        record = read_run(write_run(tmp_path / "a", compare=compare))
+        page = page_of_run(record)
+        assert page.count("not finite</td>") == 3, "two figures of the task, and the mean KL"
+        errors = [finding.seen for finding in judge(record).findings if finding.level == "error"]
+        assert errors == ["`preceptor compare` measured figures that are not finite: library.txt."]
+        assert "not finite" in "\n".join(_evaluation(record)) and "NaN" not in page and "KL not finite" in page
 
 
 def test_the_worst_comes_first_and_makes_the_headline(tmp_path):

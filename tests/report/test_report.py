@@ -2,18 +2,22 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from html import escape
 
 import numpy as np
 import pytest
 
+from preceptor.config.yaml_text import apply_override
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.report.curves import panels
 from preceptor.report.facts import paths, visible
 from preceptor.report.page import distinct_names, page_of_run, page_of_runs, repeat_command, write_report
-from preceptor.report.plots import Panel, Series, draw, smooth, thin
+from preceptor.report.plots import NUM_COLOURS, Panel, Series, draw, draw_file, smooth, thin
 from preceptor.report.run_record import flat, read_run
+from preceptor.train.run_folder import longer
 from runs import CHAIN, COMPARE, CONFIG, ENVIRONMENT, NASTY, TREE, example, looks, sample, segment, steps, write_run
 
 
@@ -151,6 +155,16 @@ def test_the_command_repeats_the_run_from_where_it_was_typed(tmp_path):
     assert command == f"cd '/home/me/my project'\npreceptor train '{folder}/config.yaml' 'out={folder}-again'"
 
 
+@pytest.mark.parametrize("name", ["run #2", "lr: 1", "[a]", "it's", "50 %"])
+def test_the_commands_name_a_folder_of_any_name(tmp_path, name):
+    folder = write_run(tmp_path / name)
+    for command, end in ((repeat_command(read_run(folder)), "-again"), (longer(str(folder)), "-2")):
+        (override,) = [word for word in shlex.split(command, posix=True) if word.startswith("out=")]
+        tree = {}
+        apply_override(tree, override)
+        assert tree == {"out": f"{folder}{end}"}
+
+
 def test_trees_are_drawn_as_trees():
     before, *rest = paths(TREE)
     assert before["id"] == 0 and "id" not in rest[0] and rest[0]["num_tokens"] == 2
@@ -184,13 +198,35 @@ def test_a_plot_has_the_colours_of_the_page_and_says_where_its_axes_lie():
     assert "var(--c2)" in plot.svg and not re.search(r"#0[1-4]00", plot.svg) and 'id="p-' in plot.svg
     assert draw(Panel("T", "", series, log=True, level=("limit", 10.0)), "p") == plot, "the same each time"
     left, top, width, height = plot.readout["box"]
-    path = re.search(r'<g id="p-series-2-0">.*?M ([\d.]+) ([\d.]+) *\nL ([\d.]+) ([\d.]+)', plot.svg, re.DOTALL)
+    path = re.search(r'<g id="p-series-1-0">.*?M ([\d.]+) ([\d.]+) *\nL ([\d.]+) ([\d.]+)', plot.svg, re.DOTALL)
     box = [float(value) for value in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', plot.svg).groups()]
     (x0, x1), (y0, y1) = plot.readout["x"], np.log10(plot.readout["y"])
     for x, y, across, down in ((0, 1, path[1], path[2]), (10, 100, path[3], path[4])):
         assert float(across) / box[0] == pytest.approx(left + width * (x - x0) / (x1 - x0), abs=1e-3)
         assert float(down) / box[1] == pytest.approx(top + height * (1 - (np.log10(y) - y0) / (y1 - y0)), abs=1e-3)
     assert plot.legend == [("a", 2, False), ("limit", 0, True)]
+
+
+def test_each_name_of_the_legend_stands_for_its_own_curves(tmp_path):
+    """More runs than colours; and a curve with the values behind it."""
+    runs = [read_run(write_run(tmp_path / f"run{number}")) for number in range(NUM_COLOURS + 2)]
+    plot = draw(panels(runs, [run.name for run in runs])[0], "p")
+    assert [name for name, *_ in plot.legend] == [run.name for run in runs]
+    assert re.findall(r'id="p-series-(\d)-\d"', plot.svg) == [str(1 + number) for number in range(len(runs))]
+    found = page_of_runs(runs)
+    legend = re.search(r'<div class="legend">.*?</div>', found, re.DOTALL)[0]
+    assert re.findall(r'data-series="(\d)"', legend) == [str(1 + number) for number in range(len(runs))]
+    long = steps([3.0 * 0.99**step for step in range(100)])
+    svg = draw(panels([read_run(write_run(tmp_path / "long", metrics=long))], [""])[0], "p").svg
+    assert re.findall(r'id="p-series-(\d-\d)"', svg) == ["1-0", "1-1", "2-2"], "the values behind their mean"
+
+
+@pytest.mark.parametrize("name", ["cost_$1_to_$2^.jsonl", "\\frac_$x$", "a_b^c"])
+def test_a_name_with_dollar_signs_is_no_formula(name):
+    panel = Panel(name, name, [], name, name, intervals=[(name, 1.0, 0.5, 1.5)])
+    assert escape(name, quote=False) in draw(panel, "p").svg
+    curves = [Series(name, [0, 1], [1, 2], labels=[name, name]), Series("b", [0, 1], [1, 2])]
+    assert draw_file(Panel(name, name, curves, x_label=name)).count(f">{escape(name, quote=False)}<") >= 4
 
 
 def test_the_held_out_loss_is_drawn_with_its_interval(tmp_path):

@@ -89,6 +89,14 @@ def test_a_curve_can_be_hidden(chromium, pages):
     assert chromium.run(state) == ["", ""]
 
 
+def test_a_curve_is_hidden_by_its_own_name_where_colours_are_given_twice(chromium, tmp_path):
+    runs = [write_run(tmp_path / f"run{number}", metrics=steps([2.0 + number] * 20)) for number in range(8)]
+    chromium.open(write_report(runs, tmp_path / "many.html"))
+    state = "[...document.querySelectorAll('#course figure:first-child [id*=\"-series-\"]')].map(e => e.style.display)"
+    chromium.run("document.querySelectorAll('#course figure:first-child .legend button')[7].click()")
+    assert chromium.run(state) == [""] * 7 + ["none"]
+
+
 def test_answers_can_be_chosen(chromium, pages):
     chromium.open(pages[0])
     visible = "[...document.querySelectorAll('.prompt')].filter(e => e.checkVisibility()).length"

@@ -145,6 +145,19 @@ def test_repeats_go_first_then_junk_and_the_rest_is_in_its_own_form(command, wri
     assert again.read_bytes() == out.read_bytes()
 
 
+def test_equal_examples_beyond_those_that_are_kept_are_not_called_worse(command, write_jsonl, tmp_path):
+    good = [row(f"What of {k}?", "It is the start of a message.") for k in range(40)]
+    data = write_jsonl([*good, *[row(f"And {k}?", JUNK) for k in range(3)]])
+    given = ("--diversity", "none", "--quality-share", 0.5, "--weight", "loss=0", "--weight", "difficulty=0")
+    why = tmp_path / "why.jsonl"
+    code, text, _ = command(data, "--keep", 4, "--out", tmp_path / "kept.jsonl", "--explain", why, *given)
+    assert code == 0 and "enough that are as good or better are kept" in text
+    found = {}
+    for line in lines_of(why):
+        found.setdefault(line["code"], set()).add(line["quality"])
+    assert found["enough_kept"] == found["kept"] and max(found["low_quality"]) < min(found["kept"])
+
+
 def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_jsonl):
     words = " ".join(f"word{k}" for k in range(60))
     rows = [

@@ -4,6 +4,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -176,6 +179,75 @@ def test_what_a_killed_process_sent_and_did_not_note_is_not_sent_again(run, trac
     assert tracker.got == trained(3, 4)
 
 
+def test_what_a_tracker_had_not_stored_is_sent_again(run, tracker):
+    run.train(1, 4)
+    run.evaluate(4)
+    RunReplay(run.path, "tensorboard").send()
+    tracker.last_step = 2  # it was killed before it had stored the rest
+    tracker.got.clear()
+    run.train(5, 5)
+    RunReplay(run.path, "tensorboard").send()
+    assert tracker.got == [*trained(3, 4), *evaluated(4), *trained(5, 5)]
+    tracker.last_step = 3
+    tracker.got.clear()
+    run.finish()
+    RunReplay(run.path, "tensorboard").end()
+    files = ["report.html", "summary.json", "config.yaml", "samples.jsonl"]
+    assert tracker.got == [*trained(4, 4), *evaluated(4), *trained(5, 5), files, "finished"], "also at the end"
+
+
+def test_an_evaluation_is_sent_no_earlier_than_its_step(run, tracker, monkeypatch):
+    sent = RunReplay(run.path, "tensorboard")
+    run.train(1, 3)
+    for file in sent._files.values():
+
+        def then(read=file.read):  # while the files are read, one after the other, the run goes on
+            found = read()
+            if not (run.path / "eval.jsonl").exists():
+                run.train(4, 5)
+                run.evaluate(5)
+            return found
+
+        monkeypatch.setattr(file, "read", then)
+    sent.send()
+    sent.send()
+    assert tracker.got == [*trained(1, 5), *evaluated(5)]
+
+
+def test_samples_of_an_evaluation_that_is_made_again_are_sent_once(run, tracker):
+    run.train(1, 5)
+    run.add("samples.jsonl", sample(5, "Q?", "A."), sample(5, "R?", "B."))
+    sent = RunReplay(run.path, "tensorboard")
+    sent.send()
+    run.add("eval.jsonl")  # none: it was stopped while it was evaluated
+    run.go_on_from(4)
+    run.train(5, 5)
+    run.evaluate(5)
+    sent.send()
+    assert tracker.got == [*trained(1, 5), *evaluated(5)]
+
+
+def test_a_tracker_that_takes_no_files_is_closed(run, tracker, monkeypatch):
+    def attach(files):
+        raise ValueError("no such name")
+
+    monkeypatch.setattr(tracker, "attach", attach)
+    run.train(1, 2)
+    run.finish()
+    with pytest.raises(ValueError, match="no such name"):
+        RunReplay(run.path, "tensorboard").end()
+    assert tracker.got == [*trained(1, 2), "finished"]
+    monkeypatch.undo()
+    assert json.loads((run.path / "trackers" / "state.json").read_text())["sent"]["tensorboard"]["attached"] is None
+
+
+def test_the_name_is_the_folders_own_however_it_is_typed(run, tracker, monkeypatch):
+    run.train(1, 2)
+    monkeypatch.chdir(run.path)
+    RunReplay(Path(), "tensorboard").send()
+    assert tracker.opened[0].name == "run-aaaaaaaa"
+
+
 def test_another_run_in_the_folder_begins_anew(run, tracker):
     run.train(1, 2)
     RunReplay(run.path, "tensorboard").send()
@@ -289,6 +361,150 @@ def test_the_trackers_are_the_same_everywhere():
     assert {name.value for name in TrackerName} == set(get_args(Tracker)) == set(SINKS) <= set(EXTRAS)
 
 
+# Trackers that stand in for the real ones -----------------------------------------------------------------------------
+
+
+class MlflowStandIn:
+    """What an MLflow server keeps and refuses, and how it is asked."""
+
+    def __init__(self):
+        self.runs, self.requests, self.fails = [], 0, 0
+
+    def get_experiment_by_name(self, name):
+        return SimpleNamespace(experiment_id="0")
+
+    def search_runs(self, experiments, filter_string, max_results):
+        return [run for run in self.runs if filter_string == f"tags.`preceptor.run` = '{run.tags['preceptor.run']}'"]
+
+    def create_run(self, experiment, run_name, tags):
+        data = SimpleNamespace(params={})
+        made = SimpleNamespace(info=SimpleNamespace(run_id=f"r{len(self.runs)}"), data=data, tags=tags, metrics=[])
+        self.runs.append(made)
+        return made
+
+    def update_run(self, run_id, status):
+        pass
+
+    def get_metric_history(self, run_id, name):
+        (run,) = self.runs
+        return [metric for metric in run.metrics if metric.key == name]
+
+    def log_batch(self, run_id, metrics=(), params=(), synchronous=None):
+        self.requests += 1
+        if self.fails:
+            self.fails -= 1
+            raise ConnectionError("no network")
+        (run,) = self.runs
+        assert synchronous and len(params) <= 100 and len(metrics) <= 1000
+        assert all(len(each.key) <= 250 for each in [*metrics, *params])
+        for param in params:
+            assert run.data.params.setdefault(param.key, param.value) == param.value
+        run.metrics += metrics
+
+    def set_terminated(self, run_id, status):
+        pass
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    server, module, entities = MlflowStandIn(), ModuleType("mlflow"), ModuleType("mlflow.entities")
+    module.MlflowClient, module.get_tracking_uri, module.entities = lambda: server, lambda: "here", entities
+    entities.Param = lambda key, value: SimpleNamespace(key=key, value=value)
+    entities.Metric = lambda key, value, timestamp, step: SimpleNamespace(key=key, value=value, step=step)
+    for name, own in (("mlflow", module), ("mlflow.entities", entities)):
+        monkeypatch.setitem(sys.modules, name, own)
+    monkeypatch.delitem(sys.modules, "preceptor.trackers.mlflow_sink", raising=False)
+    yield server
+    sys.modules.pop("preceptor.trackers.mlflow_sink", None)
+
+
+def test_mlflow_has_one_run_however_often_opening_it_fails(run, mlflow):
+    long = "layers." * 60
+    patterns = {f"{long}{n}": n for n in range(120)}  # too long a name, and more of them than a request takes
+    (run.path / "config.yaml").write_text(json.dumps({"train": {"seed": 0}, "optimizer": {"lr_factors": patterns}}))
+    run.train(1, 2)
+    mlflow.fails = 2
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            RunReplay(run.path, "mlflow").send()
+    RunReplay(run.path, "mlflow").send()
+    (found,) = mlflow.runs
+    assert {key: found.data.params[key] for key in ("train.seed",)} == {"train.seed": "0"}
+    assert len(found.data.params) == 121, "names that are cut stay apart"
+
+
+def test_mlflow_gets_a_step_in_one_request(run, mlflow):
+    run.train(1, 3)
+    run.add("eval.jsonl", {"step": 3, "loss": 2.0, "by_source": {"s" * 300: {"loss": 1.0}, "s" * 299: {"loss": 2.0}}})
+    RunReplay(run.path, "mlflow").send()
+    (found,) = mlflow.runs
+    assert mlflow.requests == 1 + 3 + 1, "parameters, steps, the evaluation"
+    assert [metric.step for metric in found.metrics if metric.key == "train/loss"] == [1, 2, 3]
+    assert len({metric.key for metric in found.metrics if metric.key.startswith("eval/by_source")}) == 2
+
+
+class WandbStandIn(ModuleType):
+    """W&B: rows by a step of its own, of which it drops those that lie behind; and its summary. Offline it knows none.
+
+    rows: its own step, and the values.
+    """
+
+    def __init__(self, offline):
+        super().__init__("wandb")
+        self.offline, self.rows, self.step, self.saved, self.metrics, self.url = offline, [], 0, [], {}, "there"
+        self.Settings, self.Table = dict, lambda columns, data: data
+
+    def init(self, **options):
+        self.step = 0 if self.offline else self.step
+        return self
+
+    @property
+    def summary(self):
+        steps = [values["step"] for _, values in self.rows if "step" in values]
+        known = steps and not self.offline and self.metrics["step"] == {"summary": "max"}
+        return {"step": {"max": max(steps)}} if known else {}
+
+    def define_metric(self, name, **options):
+        self.metrics[name] = options
+
+    def log(self, values, step=None, commit=None):
+        step = self.step if step is None else step
+        if step >= self.step:
+            self.rows.append((step, values))
+            self.step = step + bool(commit)
+
+    def save(self, path, base_path, policy, glob=True):
+        assert not glob, "a folder's name may have characters of a pattern"
+        self.saved.append(path)
+
+    def finish(self, exit_code):
+        self.step += 1
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, monkeypatch, offline):
+    wandb = WandbStandIn(offline)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delitem(sys.modules, "preceptor.trackers.wandb_sink", raising=False)
+    run.evaluate(0)
+    run.train(1, 7)
+    assert follower.send_all(run.path, ["wandb"], print)
+    run.go_on_from(4)
+    run.train(5, 6)
+    run.evaluate(6)
+    run.train(7, 8)
+    run.finish()
+    assert follower.send_all(run.path, ["wandb"], print)
+    sys.modules.pop("preceptor.trackers.wandb_sink", None)
+    assert wandb.metrics["*"] == {"step_metric": "step"}
+    assert [values["step"] for _, values in wandb.rows if "train/loss" in values] == list(range(1, 9))
+    for key in ("eval/loss", "samples"):
+        assert [values["step"] for _, values in wandb.rows if key in values] == [0, 6]
+    rows = [step for step, _ in wandb.rows]
+    assert rows == sorted({*rows}), "one after the other, in both sessions"
+    assert str(run.path / "report.html") in wandb.saved
+
+
 # The real ones -------------------------------------------------------------------------------------------------------
 
 
@@ -297,12 +513,18 @@ def installed(name):
 
 
 def stopped_and_finished(run, name):
-    """A run that is killed after step 7, goes on from step 4, and ends; each session with a process of its own."""
+    """A run that is killed after step 7, goes on from step 4 in a folder that was moved, and ends.
+
+    Each session has a process of its own. Step 6 is evaluated in the second one, when the tracker has step 7.
+    """
     run.evaluate(0)
     run.train(1, 7)
     assert follower.send_all(run.path, [name], print)
+    run.path = run.path.rename(run.path.with_name("moved #2 [é] *"))
     run.go_on_from(4)
-    run.train(5, 9)
+    run.train(5, 6)
+    run.evaluate(6)
+    run.train(7, 9)
     run.evaluate(9)
     run.finish()
     assert follower.send_all(run.path, [name], print)
@@ -317,8 +539,9 @@ def test_tensorboard(run):
     found = EventAccumulator(str(run.path / "trackers" / "tensorboard"))
     found.Reload()
     assert [event.step for event in found.Scalars("train/loss")] == list(range(1, 10))
-    assert [event.value for event in found.Scalars("eval/tasks/t/accuracy")] == [0.5, 0.5]
+    assert [event.value for event in found.Scalars("eval/tasks/t/accuracy")] == [0.5, 0.5, 0.5]
     assert found.Scalars("train/tokens_per_second")[0].value == 200.0
+    assert [event.step for event in found.Tensors("samples/text_summary")] == [0, 6, 9]
     (text,) = found.Tensors("samples/text_summary")[0].tensor_proto.string_val
     assert b"    Q?" in text
     assert b"report.html" in found.Tensors("files/text_summary")[0].tensor_proto.string_val[0]
@@ -339,6 +562,8 @@ def test_mlflow_in_a_local_file_store(run, tmp_path, monkeypatch):
     (found,) = client.search_runs([experiment.experiment_id])
     steps_sent = [metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")]
     assert steps_sent == list(range(1, 10)) and found.info.status == "FINISHED"
+    evaluated = [metric.step for metric in client.get_metric_history(found.info.run_id, "eval/loss")]
+    assert sorted(evaluated) == [0, 6, 9]
     assert found.data.params["train.seed"] == "0" and {"2", "3"} <= {*found.data.params.values()}
     assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"report.html", "samples"}
 
@@ -354,7 +579,7 @@ def test_trackio_in_a_local_database(run, tmp_path, monkeypatch):
     stopped_and_finished(run, "trackio")
     lines = sqlite_storage.SQLiteStorage.get_logs("preceptor", "run-aaaaaaaa")
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 10))
-    assert any("samples" in line for line in lines)
+    assert [line["step"] for line in lines if "samples" in line] == [0, 6, 9]
     stored = [file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file()]
     assert (run.path / "report.html").read_bytes() in stored, "the report itself, as an artifact"
 
@@ -368,6 +593,7 @@ def test_wandb_offline(run, monkeypatch):
     assert len(found) == 2 and {file.name for file in found} == {f"run-{'a' * 32}.wandb"}, "one run, two sessions"
     text = b"".join(file.read_bytes() for file in found)
     assert b"train/tokens_per_second" in text and b"report.html" in text
+    assert list((run.path / "trackers" / "wandb").glob("offline-run-*/files/report.html"))
 
 
 def test_a_training_is_followed_by_a_process_of_its_own(preceptor, run_file, tmp_path):

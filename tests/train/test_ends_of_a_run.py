@@ -98,6 +98,20 @@ def test_an_evaluation_whose_step_is_lost_does_not_cost_the_best_checkpoint(over
     assert json.loads((folder / "summary.json").read_text())["model_step"] == 2
 
 
+def test_nothing_says_that_the_model_is_the_best_where_its_checkpoint_is_gone(overfitting, preceptor):
+    """`checkpoint.best` is set when a run goes on; the best checkpoint was removed before."""
+    file, folder = overfitting
+    with killed_at_step(11):
+        execute(prepare(config.load(file, ["checkpoint.keep=1"])), QUIET)
+    code, out, error = preceptor("train", file, "checkpoint.best=loss", "checkpoint.keep=1")
+    assert code == 0, error
+    assert "the checkpoint of step 6, the best by loss, is not there: the last is saved" in out
+    assert "the model is that of step" not in out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["model_step"] == 12 and "best" not in summary
+    assert "The model is that of step" not in (folder / "report.html").read_text()
+
+
 def test_a_run_that_no_longer_improves_ends_early_and_says_so(overfitting, preceptor, tmp_path):
     file, folder = overfitting
     code, out, error = preceptor("train", file, "train.patience=2", "checkpoint.best=loss")

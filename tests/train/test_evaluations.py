@@ -11,7 +11,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.train.evaluations import Evaluations, _base_figures
+from preceptor.train.evaluations import Evaluations, _base_figures, _shown
 from preceptor.train.prepare import prepare
 from preceptor.world import ONE
 from runs import execute
@@ -96,6 +96,11 @@ def test_figures_of_the_base_are_kept_apart_for_each_quantization(run_file, writ
     runs = [config.load(file, [f"model.quantization={kind}"]) for kind in kinds]
     runs += [config.load(file, ["model.quantization=nf4", "model.double_quantization=false"])]
     assert len({_base_figures(prepare(run), ONE)[1] for run in runs}) == 4
+
+
+def test_a_kept_figure_that_is_not_finite_is_said():
+    kept = {"task": "t", "figures": {"own": {"value": None, "low": None, "high": None}}}
+    assert _shown({"tasks": [kept]}) == "t own not finite"
 
 
 def test_a_broken_task_stops_the_run_before_anything_is_written(run_file, write_jsonl, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from preceptor.report.run_record import read_run
 from preceptor.train.lock import LOCK, lock_holder
-from preceptor.watch.status import LiveRun, status_of
+from preceptor.watch.status import LiveRun, figures, status_of
 from runs import DATA, ENVIRONMENT, looks, sample, steps, write_run
 
 HOST = socket.gethostname()
@@ -94,6 +94,9 @@ def test_states_from_no_folder_to_the_end(tmp_path, held):
     assert status["state"] == "stopped" and status["seconds_left"] is None
     assert ENVIRONMENT["command"] in status["says"], "the command that continues it"
     process = held(folder)
+    status = status_of(live.look())
+    assert status["state"] == "starting" and "data and model" in status["says"], "it goes on when they are read"
+    assert status["seconds_left"] is None
     write_run(folder)
     status = status_of(live.look())
     assert status["state"] == "training" and "report" in status["says"], "not finished before its report is there"
@@ -104,6 +107,19 @@ def test_states_from_no_folder_to_the_end(tmp_path, held):
     status = status_of(live.look())
     assert status["state"] == "finished" and status["report"] == str(folder / "report.html")
     assert status["verdict"]["headline"]
+
+
+def test_a_saved_model_that_only_lacks_its_report_is_not_starting(tmp_path, held):
+    (growing(tmp_path / "run") / "model").mkdir()
+    held(tmp_path / "run")
+    assert status_of(LiveRun(tmp_path / "run").look())["state"] == "training"
+
+
+def test_the_command_that_continues_a_run_is_typed_where_it_was_typed_last(tmp_path):
+    again = {"step": 5, "command": "preceptor train ../b/run.yaml", "directory": "/home/me/b", "date": "2026-11-23"}
+    folder = growing(tmp_path / "run", environment=ENVIRONMENT | {"resumed": [again]})
+    says = status_of(LiveRun(folder).look())["says"]
+    assert says == "stopped after step 10; this continues it in /home/me/b: preceptor train ../b/run.yaml"
 
 
 def test_lines_are_read_as_they_come_and_a_torn_one_waits(tmp_path):
@@ -168,6 +184,18 @@ def test_figures(tmp_path):
     assert status["tokens_per_second"] == 200 and status["memory_bytes"] == 400_000_000
     assert status["evaluated"] == 10
     assert status["loss"] == pytest.approx(1.675), "mean of the last ten steps"
+
+
+def test_figures_that_are_not_finite_are_said(tmp_path):
+    task = {"task": "t", "num_items": 9, "figures": {"bits_per_byte": {"value": None, "low": None, "high": None}}}
+    not_finite = {"step": 10, "loss": None, "token_accuracy": 0.0, "tasks": [task]}
+    folder = growing(tmp_path / "run", 2, eval=[*looks((0, 3.0)), not_finite])
+    status = status_of(LiveRun(folder).look())
+    shown = figures(status)
+    assert shown["held out"] == "not finite after step 10; 3.0000 at first"
+    assert shown["tasks"] == "t: bits_per_byte not finite"
+    errors = [each["seen"] for each in status["findings"] if each["level"] == "error"]
+    assert errors == ["The held-out loss is not finite after step 10."], "at once, however few steps were taken"
 
 
 def test_warnings_are_said_while_it_trains(tmp_path):

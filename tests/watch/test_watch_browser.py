@@ -1,6 +1,7 @@
 """The page of `preceptor watch --browser` in a headless Chromium, and its server."""
 
 import json
+import re
 import threading
 import time
 import urllib.error
@@ -11,7 +12,8 @@ import pytest
 from browser import CHROMIUM, REASON, browser
 from preceptor.errors import ConfigError
 from preceptor.report.page import write_report
-from preceptor.watch.server import WatchedRuns, WatchServer, serve
+from preceptor.watch import server as watching
+from preceptor.watch.server import WatchedRuns, WatchServer, parts_of, serve
 from preceptor.watch.status import LiveRun
 from runs import NASTY, looks, sample, steps, write_run
 
@@ -144,6 +146,36 @@ def test_serving_says_where_and_ends_when_told(tmp_path, capsys):
     end.set()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_only_the_state_is_found_out_while_nothing_changes(tmp_path, capsys, monkeypatch):
+    live, end = LiveRun(growing(tmp_path / "a")), threading.Event()
+    looks, waits, statuses = [], [], []
+    find = watching.status_of
+
+    def look():
+        time.sleep(0.02)
+        looks.append(LiveRun.look(live))
+        if len(looks) == 5:
+            end.set()
+        return looks[-1]
+
+    monkeypatch.setattr(live, "look", look)
+    monkeypatch.setattr(end, "wait", waits.append)
+    monkeypatch.setattr(watching, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watching, "status_of", lambda look: statuses.append(look) or find(look))
+    serve([live], 0, end)
+    assert (len(looks), len(statuses)) == (5, 1) and "stopped after step 20" in capsys.readouterr().out
+    assert min(waits) >= 10 * 0.02, "at most a tenth of the time is spent looking"
+
+
+def test_an_answer_stands_under_the_name_of_its_run(tmp_path):
+    asked = {"a": ("both?", "first?"), "b": ("both?", "second?")}
+    runs = [growing(tmp_path / name, samples=[sample(20, own, f"of {name}") for own in asked[name]]) for name in asked]
+    html = parts_of([LiveRun(run).look() for run in runs])["answers"]["html"]
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    assert "both? a, step 20 of a b, step 20 of b" in words
+    assert "first? a, step 20 of a " in words and "second? b, step 20 of b " in words
 
 
 # In the browser ------------------------------------------------------------------------------------------------------

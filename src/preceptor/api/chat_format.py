@@ -11,6 +11,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -86,9 +87,9 @@ class ConversationRenderer:
 
 
 def load_chat_format(
-    model: str,
+    model: str | Path,
     *,
-    chat_template: str | None = None,
+    chat_template: str | Path | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     train_on: Targets = "assistant",
     special_tokens_in_text: SpecialTokens = "reject",
@@ -101,10 +102,10 @@ def load_chat_format(
     those of the run file (docs/run-file.md). Raises ConfigError, ModelError and TemplateError.
     """
     try:
-        settings = config.Model(path=model, revision=revision, trust_remote_code=trust_remote_code)
+        settings = config.Model(path=str(model), revision=revision, trust_remote_code=trust_remote_code)
         data = config.Data(
             train=[config.Source(path="-")],
-            chat_template=chat_template,
+            chat_template=None if chat_template is None else str(chat_template),
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             train_on=train_on,
             special_tokens_in_text=special_tokens_in_text,

@@ -15,6 +15,7 @@ from preceptor.report.findings import judge
 from preceptor.report.plots import draw_file
 from preceptor.report.run_record import RunRecord, read_run
 
+_OF_TRL = {"loss": "loss", "token_accuracy": "mean_token_accuracy"}  # names of held-out figures
 _PLOTS = ("Loss", "Held-out token accuracy", "Learning rate", "Gradient norm")  # the report has more
 _FRAME_HEIGHT = 480
 
@@ -113,7 +114,10 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class TrainResult(_ShownAsText):
-    """A run that is finished. model: the folder of the saved model. losses: of every step. facts: summary.json."""
+    """A run that is finished. model: the folder of the saved model. facts: summary.json.
+
+    losses: of every step that was taken; one that was skipped, as it was not finite, has none.
+    """
 
     out: Path
     model: Path
@@ -143,6 +147,20 @@ class TrainResult(_ShownAsText):
             record=record,
         )
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As TRL's trainer names them."""
+        return {"train_loss": self.training_loss, "train_runtime": self.seconds, "train_steps": self.num_steps}
+
+    @property
+    def training_loss(self) -> float:
+        """The mean of all steps."""
+        return sum(self.losses) / max(1, len(self.losses))
+
+    @property
+    def global_step(self) -> int:
+        return self.num_steps
+
     def __str__(self) -> str:
         """The verdict of the report, and where the model is."""
         verdict = judge(self.record)
@@ -161,3 +179,18 @@ class TrainResult(_ShownAsText):
             if title in _PLOTS
         )
         return f"{super()._repr_html_()}<div>{images}</div>"
+
+
+def held_out_figures(line: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Of an evaluation, by TRL's names."""
+    return [(theirs, line[ours]) for ours, theirs in _OF_TRL.items() if line.get(ours) is not None]
+
+
+def log_history(record: RunRecord) -> list[dict[str, Any]]:
+    """Every step and held-out evaluation, as TRL's trainer names them."""
+    keys = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+    found = [{key: step[key] for key in keys if key in step} for step in record.steps]
+    for line in record.evaluations:
+        if figures := held_out_figures(line):
+            found.append({**{f"eval_{key}": value for key, value in figures}, "step": line["step"]})
+    return sorted(found, key=lambda entry: int(entry["step"]))

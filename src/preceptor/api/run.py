@@ -11,7 +11,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from preceptor.api.values import merged, over_model_and_data, settings_of
 from preceptor.chat.format import load_chat_format
 from preceptor.console import TerminalConsole, standard_console
 from preceptor.data.sources import open_sources
+from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
 from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json
 from preceptor.inspect.page import make_page
-from preceptor.inspect.show import show_examples
+from preceptor.inspect.show import fitted, show_examples
 from preceptor.train.loop import Loop, Step
 from preceptor.train.run import Training
 from preceptor.train.run_folder import with_start
@@ -43,7 +45,8 @@ class Run:
     """A run with its settings in `config`, as a run file has them.
 
     A live model is trained where it is. A session that was stopped, or whose loop was left, is gone on with by calling
-    `train` or `steps` again, of this object or of one with the same model, data, settings and `out`.
+    `train` or `steps` again, of this object or of one with the same model, data, settings and `out`: in this program
+    with the live model as it is trained by now, in another one with the model loaded again.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Run:
         self.config = check_names(with_start(settings))
         self._run_file, self._quiet = run_file, quiet
         self._session: Session | None = None
+        self._open: Callable[[], Generator[Step] | None] = lambda: None  # weak: a loop that is left closes it
 
     def __repr__(self) -> str:
         sources = ", ".join(source.path for source in self.config.data.train)
@@ -110,10 +114,12 @@ class Run:
             first = settings.data.train[0].path
             raise DataError(f"show({number}): examples are counted from 1, as in `{first}:row 1`")
         train, held_out = open_sources(settings.data)
-        renderer = load_chat_format(settings.model, settings.data, [*train, *held_out]).renderer(settings.data)
+        chat = load_chat_format(settings.model, settings.data, [*train, *held_out])
+        renderer = chat.renderer(settings.data)
+        fitter = Fitter(renderer, settings.data.max_length, settings.data.overflow, chat.num_positions)
 
         def examples() -> Iterator[Any]:
-            return (each for source in train for each in source.examples())
+            return fitted((each for source in train for each in source.examples()), fitter, number)
 
         text = io.StringIO()
         console = TerminalConsole(file=text, width=120, soft_wrap=True)
@@ -153,7 +159,7 @@ class Run:
             pass
         return self.result
 
-    def steps(self, *, resume: bool = False, replace: bool = False) -> Iterator[Step]:
+    def steps(self, *, resume: bool = False, replace: bool = False) -> Generator[Step]:
         """Each optimizer step after it was taken; the model is saved after the last one. Arguments as `train`.
 
         Meanwhile `evaluate`, `save` and `stop` may be called, and the model in `model` be looked at. Whoever leaves the
@@ -161,13 +167,24 @@ class Run:
         raises KeyboardInterrupt, any other SystemExit(75); a second Ctrl-C raises it at once, with nothing saved. Of
         several processes (torchrun) all call the same.
 
+        A loop over a name that lasts (`bar = tqdm(run.steps())`) is left when the generator is closed: by its close(),
+        or by the next call of `train` or `steps` of this run.
+
         Raises ConfigError, DataError, TemplateError, ModelError and CheckpointError, each saying what to do.
         """
-        if self._training is not None and self._training.loop is not None:
-            raise ConfigError("steps(): of this run are being taken already")
+        if (before := self._open()) is not None:
+            try:
+                before.close()
+            except ValueError:  # it is running
+                raise ConfigError("steps(): of this run are being taken already, by another thread or inside") from None
+        steps = self._steps(resume, replace)
+        self._open = weakref.ref(steps)
+        return steps
+
+    def _steps(self, resume: bool, replace: bool) -> Generator[Step]:
         with stop_on_signals(of_program=True) as stop, World.launched() as world, world.errors_told_once():
             _require_first_of_process(world)
-            console = standard_console(quiet=self._quiet or not world.is_first)
+            console = standard_console(quiet=self._quiet or not world.is_first, lasting=True)
             options: dict[str, Any] = {"resume": resume, "replace": replace, "num_processes": _num_processes()}
             self._session = Session(self.config, console, stop, world, self._run_file, **options)
             try:

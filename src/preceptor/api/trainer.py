@@ -4,65 +4,43 @@ The names of TRL's arguments are those that `preceptor convert` knows (config/pe
 named in `notes` and printed, or refused where it would change what is trained.
 """
 
-import dataclasses
-import enum
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from preceptor.api.results import TrainResult
+from preceptor.api.arguments import SFTConfig, adapter_of, arguments_of, carried, loaded_as, sources_of
+from preceptor.api.results import TrainResult, held_out_figures, log_history
 from preceptor.api.run import Run
-from preceptor.api.values import refuse_iterable
 from preceptor.chat.format import load_tokenizer
-from preceptor.config.convert import convert, known_settings
-from preceptor.config.peer_defaults import ARGUMENTS
+from preceptor.config.convert import convert
+from preceptor.config.peer_defaults import ARGUMENTS, DEFAULTS
 from preceptor.config.peer_settings import PeerFile
-from preceptor.config.peer_without import NO_COUNTERPART, OF_TRAINER
-from preceptor.config.sections import nearest
+from preceptor.config.peer_without import OF_TRAINER
 from preceptor.console import say
 from preceptor.data.forest import Segment, Tree, pack_trees
-from preceptor.errors import CheckpointError, ConfigError, DataError, short
+from preceptor.errors import CheckpointError, ConfigError, DataError
+from preceptor.files import replacing, writing
 from preceptor.model.forward import Engine
+from preceptor.report.run_record import read_run
 from preceptor.world import is_launched_first
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
-_OF_PEFT = ("r", "lora_alpha", "lora_dropout", "target_modules")  # carried over
-_KINDS_OF_PEFT = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save")
-_OF_NO_EFFECT = (
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
+_INSTEAD = {
+    "push_to_hub": "`preceptor export {out} --to hub --repo OWNER/NAME` uploads the model",
+    "create_model_card": "the saved model has one: README.md in {out}/model",
+    "add_callback": OF_TRAINER["callbacks"],
+    "predict": "`preceptor eval {out} FILE` answers the prompts of a file",
+}
+_HAS = (
+    "of TRL's trainer there are train, evaluate, save_model, state, args, model and processing_class; trainer.run is "
+    "the preceptor.Run, with check, show, plan and steps (docs/python.md)"
 )
-
-
-class SFTConfig:
-    """Arguments by the names of TRL's SFTConfig. Those that are not given have TRL's values where a run has such a key.
-
-    It needs no TRL. An SFTConfig of TRL, or TrainingArguments of transformers, will do as well.
-    """
-
-    def __init__(self, output_dir: str | None = None, **arguments: Any) -> None:
-        """Raises ConfigError for an argument that is none."""
-        for name in arguments:
-            if name not in known_settings():
-                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_settings()))}")
-        arguments = {name: _plain(value) for name, value in arguments.items()}
-        self.arguments = arguments if output_dir is None else {"output_dir": output_dir, **arguments}
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "arguments" and name in self.arguments:
-            return self.arguments[name]
-        raise AttributeError(f"SFTConfig has no argument {name!r}")
-
-    def __repr__(self) -> str:
-        return f"SFTConfig({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+_NAMED = 3
 
 
 class SFTTrainer:
@@ -84,10 +62,16 @@ class SFTTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        *,
-        peft_config: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
         quantization_config: Any = None,
+        peft_config: Any = None,
         formatting_func: Callable[[Any], str] | None = None,
+        *,
         tokenizer: Any = None,
         **arguments: Any,
     ) -> None:
@@ -98,51 +82,71 @@ class SFTTrainer:
         """
         if hasattr(args, "get_vocab"):
             args, processing_class = None, args
-        processing_class = tokenizer if processing_class is None else processing_class
-        others = {"data_collator": data_collator} | {key: arguments.pop(key) for key in OF_TRAINER if key in arguments}
+        others = {
+            "data_collator": data_collator,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         for key, value in others.items():
             if value is not None and value != [] and value != (None, None):
                 raise ConfigError(f"{key}: has no counterpart here: {OF_TRAINER[key]}")
-        self._given, self._tokenizer = model, processing_class
+        self._given, self._tokenizer = model, tokenizer if processing_class is None else processing_class
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.notes: list[tuple[str, str]] = []
         self.run: Run | None = None
-        settings = {**_settings_of(args), **SFTConfig(**arguments).arguments, **_adapter(peft_config)}
-        loading = settings.get("model_init_kwargs") or {}
-        if not isinstance(loading, Mapping):
-            raise ConfigError("model_init_kwargs: must be a dict of arguments of from_pretrained")
-        loading = dict(loading)
-        inner = loading.pop("quantization_config", None)
-        if (found := inner if quantization_config is None else quantization_config) is not None:
-            settings |= {"model_init_kwargs": loading, "quantization_config": _quantization(found)}
+        settings = {**arguments_of(args), **SFTConfig(**arguments).arguments}
+        self.args = SFTConfig(**settings) if args is None or isinstance(args, SFTConfig) else args
+        settings = loaded_as({**settings, **adapter_of(peft_config)}, quantization_config)
         if train_dataset is not None:
-            data = {"train": train_dataset, **({} if eval_dataset is None else {"eval": eval_dataset})}
-            for key, each in data.items():
-                refuse_iterable(each, f"{key}_dataset")
-            data = {key: _formatted(each, formatting_func) for key, each in data.items()}
             # absent arguments have TRL's values; those of TrainingArguments have transformers' own
             is_of_sft = args is None or "SFTConfig" in {kind.__name__ for kind in type(args).__mro__}
-            self.run = self._run(settings, data, {} if is_of_sft else ARGUMENTS)
+            self.run = self._run(settings, {} if is_of_sft else ARGUMENTS, formatting_func)
+            if isinstance(self.args, SFTConfig):
+                self.args.output_dir = self.run.config.out
 
-    def _run(self, settings: dict[str, Any], data: Mapping[str, Any], defaults: Mapping[str, Any]) -> Run:
+    def _run(self, settings: dict[str, Any], defaults: Mapping[str, Any], formatting_func: Any) -> Run:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
+        settings, checkpoint = carried(settings, {**DEFAULTS["TRL"], **defaults}["learning_rate"])
+        data, field, notes = {}, settings.pop("dataset_text_field", None), []
+        for key, given in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+            if given is not None:
+                data[key], own = sources_of(given, f"{key}_dataset", field, formatting_func)
+                notes += [note for note in own if note not in notes]
         settings |= {f"{place}_dataset": "in memory" for place in data}
         file = PeerFile("TRL", {"model_name_or_path": name, **settings}, defaults=defaults)
         converted = convert(file, Path())
         for key, why in converted.unoffered:
             raise ConfigError(f"{key}: {why}")
-        tree, self.notes = converted.tree, converted.notes
+        tree, self.notes = converted.tree, [*notes, *converted.notes]
         tree["data"] |= data
+        tree["checkpoint"] = {**tree.get("checkpoint", {}), **checkpoint}
         if is_named:
             _require_own(self._tokenizer, name)
         else:
             tree["model"]["path"] = self._given
             tree["model"].pop("dtype", None)  # it has its own
+        if settings.get("bf16") is False and not settings.get("fp16"):
+            self._set_float32(tree, not settings.get("use_cpu"))
         if settings.get("use_cpu"):
             tree["train"]["device"] = "cpu"
             self.notes = [note for note in self.notes if note[0] != "use_cpu"]
         return Run(**tree, tokenizer=None if is_named else self._tokenizer)
+
+    def _set_float32(self, tree: dict[str, Any], says_so: bool) -> None:
+        """Without `bf16`, matrix products are in the type of the weights."""
+        if getattr(self._given, "dtype", None) == torch.bfloat16 or tree["model"].get("dtype") == "bfloat16":
+            if tree["train"].get("precision") == "float32":
+                del tree["train"]["precision"]
+            return
+        tree["train"]["precision"] = "float32"
+        if says_so:
+            self.notes.append(("bf16", "off, so matrix products are in float32; on a GPU bf16=True is faster"))
 
     def train(self, resume_from_checkpoint: bool | None = None, *, replace: bool = False) -> TrainResult:
         """Train to the end; the model is saved in `output_dir`/model. The same call goes on with what was stopped.
@@ -151,9 +155,9 @@ class SFTTrainer:
         without `train_dataset`, and as `Run.train`.
         """
         run = self._required()
-        if isinstance(resume_from_checkpoint, str):
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
             raise ConfigError(
-                f"resume_from_checkpoint: {resume_from_checkpoint!r}: a run goes on by itself, from the newest "
+                f"resume_from_checkpoint: {str(resume_from_checkpoint)!r}: a run goes on by itself, from the newest "
                 "checkpoint in its `output_dir`; remove the argument, or write True"
             )
         for key, why in self.notes:
@@ -162,20 +166,86 @@ class SFTTrainer:
         return run.train(resume=bool(resume_from_checkpoint), replace=replace)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Copy the saved model, a complete folder, to another one. Raises CheckpointError where nothing is trained yet.
+        """Copy the saved model, a complete folder, to another one, whole or not at all.
 
-        output_dir: None: it stays where `train` has saved it. Of several processes the first one copies.
+        output_dir: None, or that of the run: it stays where `train` has saved it. Of several processes the first one
+        copies. Raises CheckpointError where the training has not ended, and for a folder that holds anything else.
         """
-        run = self._required()
-        if not (Path(run.config.out) / "model").is_dir():
-            raise CheckpointError("nothing is trained yet: call train() first")
-        saved = run.result.model
+        saved = self._result().model
+        target = saved if output_dir is None else Path(os.path.realpath(output_dir))
         if not is_launched_first():
             return
-        if output_dir is None:
+        own = Path(os.path.realpath(saved))
+        if target in (saved, own, own.parent):
             say(f"the model is saved in {saved}")
-        elif Path(output_dir).resolve() != saved.resolve():
-            shutil.copytree(saved, output_dir, dirs_exist_ok=True)
+            return
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            there = [path.name for path in target.iterdir()] if target.is_dir() else [target.name] * target.exists()
+        other = sorted({*there} - {path.name for path in saved.iterdir()})
+        if other or own in target.parents:
+            what = f"holds {', '.join(other[:_NAMED])}, which the saved model has not" if other else "lies in the model"
+            raise CheckpointError(f"{output_dir}: {what}; it is saved in {saved}. Name another folder for a copy")
+        num_bytes = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+        if target.is_mount():  # which no name can replace
+            with writing(target, num_bytes):
+                shutil.copytree(saved, target, dirs_exist_ok=True)
+            return
+        with replacing(target, num_bytes) as partial:
+            shutil.copytree(saved, partial)
+
+    def evaluate(self, eval_dataset: Any = None, *, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The held-out figures of the saved model, as the run measured them.
+
+        Raises ConfigError where there is no held-out data, or another data set is given, and CheckpointError where the
+        training has not ended.
+        """
+        if eval_dataset is not None:
+            raise ConfigError(
+                "evaluate(eval_dataset): a run measures the held-out data that it is given as it trains: "
+                "SFTTrainer(eval_dataset=...)"
+            )
+        found = {
+            f"{metric_key_prefix}_{key}": value for key, value in held_out_figures(self._result().facts["held_out"])
+        }
+        if not found:
+            raise ConfigError("evaluate: nothing is held out: SFTTrainer(eval_dataset=...)")
+        return found
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print them, of several processes by the first one."""
+        for key, value in metrics.items():
+            if is_launched_first():
+                say(f"{split}: {key} {value}")
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+        """Nothing is left to do: summary.json, metrics.jsonl and eval.jsonl in `output_dir` have all figures."""
+
+    def save_state(self) -> None:
+        """Nothing is left to do: the run's folder has its state."""
+
+    def is_world_process_zero(self) -> bool:
+        return is_launched_first()
+
+    @property
+    def state(self) -> SimpleNamespace:
+        """What is recorded so far: `log_history`, `global_step` and `epoch`."""
+        out = Path(self._required().config.out)
+        found = log_history(read_run(out)) if (out / "config.yaml").is_file() else []
+        last = next((entry for entry in reversed(found) if "loss" in entry), {"step": 0, "epoch": 0.0})
+        return SimpleNamespace(log_history=found, global_step=last["step"], epoch=last["epoch"])
+
+    @property
+    def accelerator(self) -> SimpleNamespace:
+        """What scripts ask of it: `print`, and who they are."""
+        first = is_launched_first()
+        return SimpleNamespace(print=print if first else lambda *_, **__: None, is_main_process=first)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError with what to do instead."""
+        run = vars(self).get("run")
+        what = _INSTEAD.get(name, _HAS).format(out="OUT" if run is None else run.config.out)
+        raise AttributeError(f"SFTTrainer has no {name}: {what}")
 
     @property
     def model(self) -> Any:
@@ -193,6 +263,13 @@ class SFTTrainer:
         if self.run is None:
             raise ConfigError("train_dataset: needed to train; without it there is `train_step` alone")
         return self.run
+
+    def _result(self) -> TrainResult:
+        """Raises CheckpointError where the run is not finished."""
+        run = self._required()
+        if not (Path(run.config.out) / "config.yaml").is_file():
+            raise CheckpointError("nothing is trained yet: call train() first")
+        return run.result
 
     def train_step(self, prompt: str, response: str, optimizer: torch.optim.Optimizer) -> float:
         """One step on `-1/n sum_i log p(y_i | y_<i, X)` over the n tokens of the response; returns that loss.
@@ -226,27 +303,6 @@ class SFTTrainer:
         return tuple(self.processing_class(text, add_special_tokens=False)["input_ids"])
 
 
-def _settings_of(args: Any) -> dict[str, Any]:
-    """The arguments that a config has set. Raises ConfigError for what is no config."""
-    if args is None:
-        return {}
-    if isinstance(args, SFTConfig):
-        return dict(args.arguments)
-    if not dataclasses.is_dataclass(args) or not hasattr(args, "output_dir"):
-        raise ConfigError(f"args: {short(args)} is no SFTConfig; from preceptor import SFTConfig")
-    theirs: Any = args
-    unset = type(theirs)(output_dir=theirs.output_dir, use_cpu=theirs.use_cpu)
-    found = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
-    changed = {name: value for name, value in found.items() if value != getattr(unset, name)}
-    plain = {name: _plain(value) for name, value in changed.items()}
-    return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu, **plain}
-
-
-def _plain(value: Any) -> Any:
-    """The value of a member of an enumeration, such as transformers' SchedulerType."""
-    return value.value if isinstance(value, enum.Enum) else value
-
-
 def _require_own(tokenizer: Any, model: str) -> None:
     """Raises ConfigError for a tokenizer that reads text otherwise than the model's own. Padding is not looked at."""
     if tokenizer is None:
@@ -260,51 +316,3 @@ def _require_own(tokenizer: Any, model: str) -> None:
             f"processing_class: its {' and '.join(other)} are not those of {model}. Load the model too, and give both: "
             f"model=AutoModelForCausalLM.from_pretrained({model!r})"
         )
-
-
-def _adapter(peft_config: Any) -> dict[str, Any]:
-    """The settings of a LoraConfig. Raises ConfigError for one of another kind, and for what no run has."""
-    if peft_config is None:
-        return {}
-    if type(peft_config).__name__ != "LoraConfig":
-        raise ConfigError(f"peft_config: {type(peft_config).__name__}: LoRA alone is offered; give a peft.LoraConfig")
-    unset, kind = type(peft_config)(), {}
-    for field in dataclasses.fields(peft_config):
-        value = getattr(peft_config, field.name)
-        if value == getattr(unset, field.name) or field.name in (*_OF_PEFT, *_OF_NO_EFFECT):
-            continue
-        if field.name in _KINDS_OF_PEFT:
-            kind[field.name] = value
-        else:
-            why = NO_COUNTERPART.get(field.name, "is not offered: remove it, or choose layers by `target_modules`")
-            raise ConfigError(f"peft_config.{field.name}: {why}")
-    targets = peft_config.target_modules
-    return {
-        "use_peft": True,
-        "r": peft_config.r,
-        "lora_alpha": peft_config.lora_alpha,
-        "lora_dropout": peft_config.lora_dropout,
-        "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
-        **kind,
-    }
-
-
-def _quantization(given: Any) -> dict[str, Any]:
-    """What a BitsAndBytesConfig says, or a dict like one. Raises ConfigError for another kind."""
-    if isinstance(given, Mapping):
-        return {key: value for key, value in given.items() if key != "quant_method"}
-    if type(given).__name__ != "BitsAndBytesConfig":
-        raise ConfigError(
-            f"quantization_config: {short(given)}: a BitsAndBytesConfig of 4 (nf4) or 8 bits (int8) is taken over; or "
-            "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run"
-        )
-    found = {**given.to_diff_dict(), "load_in_4bit": given.load_in_4bit, "load_in_8bit": given.load_in_8bit}
-    return {key: value for key, value in found.items() if not key.startswith("_")}
-
-
-def _formatted(dataset: Any, formatting_func: Callable[[Any], str] | None) -> Any:
-    """The data set, or what the function makes of its examples, as plain texts."""
-    if formatting_func is None:
-        return dataset
-    made = (formatting_func(example) for example in dataset)
-    return ({"text": text} for each in made for text in ([each] if isinstance(each, str) else each))

@@ -33,7 +33,7 @@ def settings_of(
     tree = {key: value for key, value in tree.items() if value is not None}
     live = _LiveValues()
     if "model" in tree:
-        tree["model"] = live.model(tree["model"], tokenizer)
+        tree["model"] = live.model(tree["model"], tokenizer, tree.get("out"))
     if "data" in tree:
         tree["data"] = live.data(tree["data"])
     if isinstance(tree.get("replay"), Mapping) and "data" in tree["replay"]:
@@ -55,7 +55,7 @@ class _LiveValues:
         self._tables: dict[str, Any] = {}
         self._functions: dict[str | None, HeldCode] = {}
 
-    def model(self, given: Any, tokenizer: Any) -> dict[str, Any]:
+    def model(self, given: Any, tokenizer: Any, out: str | Path | None) -> dict[str, Any]:
         section = dict(given) if isinstance(given, Mapping) else {"path": given}
         section = {key: value for key, value in section.items() if value is not None}
         path = section.get("path")
@@ -69,7 +69,7 @@ class _LiveValues:
             if section.get(key) is not None:
                 raise ConfigError(f"model.{key}: says how a model is loaded, and this one is; remove it")
         found = tokenizer if tokenizer is not None else _tokenizer_of(path)
-        self._held = HeldModel(path, getattr(found, "tokenizer", found))  # of a processor: its tokenizer
+        self._held = HeldModel.of(path, getattr(found, "tokenizer", found), out)  # of a processor: its tokenizer
         return {**section, "path": f"{LIVE}{self._held.name}", "dtype": self._held.dtype}
 
     def data(self, given: Any) -> dict[str, Any]:
@@ -147,6 +147,11 @@ def _table(given: Any, name: str, place: str) -> Any:
     refuse_iterable(given, place)
     if type(given).__module__.startswith("datasets"):
         _refuse_splits(given, place)
+        if getattr(given, "format", {}).get("type") == "custom":
+            raise ConfigError(
+                f"{place}: a data set with a transform (with_transform), which is not applied here. Write its examples "
+                "out: dataset.with_format(None).map(function, batched=True)"
+            )
         if hasattr(given, "select_columns") and hasattr(given, "num_rows"):
             return HuggingFaceDataset(given, name)
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
@@ -202,17 +207,22 @@ def over_model_and_data(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> 
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """The tree with other values: dotted keys, or sections, of which the keys that are given change."""
+    """The tree with other values: dotted keys, or sections, of which the keys that are given change.
+
+    What stands in a section is a value, a table (`lr_factors`, `columns`) too: its keys may have dots.
+    """
     found = dict(tree)
     for key, value in changes.items():
         first, _, rest = key.partition(".")
         before = found.get(first)
         is_data = first in ("train", "eval", "data") and type(value).__module__.startswith("datasets")  # a whole value
+        section = before if isinstance(before, Mapping) else {}
         if isinstance(before, list) and rest:
             found[first] = _in_list(before, rest, value, f"{within}{first}")
-        elif rest or (isinstance(value, Mapping) and not is_data):
-            inner = {rest: value} if rest else value
-            found[first] = merged(before if isinstance(before, Mapping) else {}, inner, f"{within}{first}.")
+        elif rest:
+            found[first] = merged(section, {rest: value}, f"{within}{first}.")
+        elif isinstance(value, Mapping) and not within and not is_data:
+            found[first] = {**section, **value}
         else:
             found[first] = value
     return found

@@ -237,11 +237,16 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
 
 
 def check_name(name: str | None) -> None:
-    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    """Raises TemplateError for a name that is neither that of a template nor of a file of one."""
     if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
         known = ", ".join(BUILTIN)
         raise TemplateError(
             f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
+    if name is not None and Path(name).suffix.lower() == ".json":  # Jinja takes it for a text without variables
+        raise TemplateError(
+            f"template {name}: is JSON, and no Jinja template: name the model's folder (`preceptor template FOLDER`; "
+            "in a run file model.path, with chat_template: tokenizer), or save the template as a .jinja file"
         )
 
 

@@ -40,13 +40,15 @@ def convert(
     if model is not None and data is None:
         raise errors.ConfigError("--model goes with --data")
     found = convert_file(file)
+    compared = None if data is None else _compared(file, found, data, model)
     if run_file is not None:
         with writing(run_file):
             run_file.write_text(found.text(file.name), encoding="utf-8")
     if as_json:
-        notes = [{"key": key, "why": why} for key, why in found.notes]
-        tokens = {} if data is None else {"tokens": _compare(file, found, data, model, as_json)}
-        print_json({"peer": found.peer, "run": found.tree, "notes": notes, "missing": found.missing, **tokens})
+        notes, unoffered = ([{"key": key, "why": why} for key, why in each] for each in (found.notes, found.unoffered))
+        said = {"peer": found.peer, "run": found.tree, "notes": notes, "unoffered": unoffered}
+        tokens = {} if compared is None else {"tokens": _shown(compared, as_json)}
+        print_json({**said, "missing": found.missing, **tokens})
         return
     if run_file is None:
         say(found.text(file.name).rstrip("\n"))
@@ -56,19 +58,24 @@ def convert(
         for key in found.missing:
             say(f"to be filled in: {key}")
         say(f"written to {run_file}. Next: preceptor check {shlex.quote(str(run_file))}")
-    if data is not None:
+    if compared is not None:
         say("")
-        _compare(file, found, data, model, as_json)
+        _shown(compared, as_json)
 
 
-def _compare(file: Path, found: "Conversion", data: str, model: str | None, as_json: bool) -> dict[str, Any]:
-    """Print the tokens that both train, or return them. Raises ConfigError without a model, and as `check_names`."""
+def _compared(file: Path, found: "Conversion", data: str, model: str | None) -> tuple[Any, Any, Any]:
+    """The rule of the other trainer, the tokens that both train, and the tokenizer.
+
+    Raises ConfigError without a model, and as `check_names`.
+    """
     from preceptor import config
     from preceptor.config.convert import settings_of
     from preceptor.train.session import check_names
 
     tree = {**found.tree, "out": "-", "tracker": []}
-    tree["data"] = {**tree.get("data", {}), "train": [{"path": data}], "eval": []}
+    named = [source.get("columns", {}) for source in tree.get("data", {}).get("train", ())]
+    source = {"path": data, "columns": named[0] if named else {}}
+    tree["data"] = {**tree.get("data", {}), "train": [source], "eval": []}
     tree["model"] = {**tree.get("model", {}), **({"path": model} if model else {})}
     if "path" not in tree["model"]:
         raise errors.ConfigError("--data: the file names no model, whose tokenizer is needed; name one with --model")
@@ -87,7 +94,15 @@ def _compare(file: Path, found: "Conversion", data: str, model: str | None, as_j
     theirs.eos_token = load_tokenizer(run.model.path, run.model.trust_remote_code, run.model.revision).eos_token
     rule = rule_of(found.peer, settings_of(file), theirs, chat.template.text)
     both = peer_comparison.compared(run.data.train[0], rule, chat.renderer(run.data))
-    if not as_json:
-        peer_comparison.print_comparison(rule, both, chat.tokenizer, table_console())
-        return {}
-    return {"rule": rule.says, **peer_comparison.to_json(both, chat.tokenizer)}
+    return rule, both, chat.tokenizer
+
+
+def _shown(compared: tuple[Any, Any, Any], as_json: bool) -> dict[str, Any]:
+    """Print the tokens that both train, or return them."""
+    from preceptor.inspect import peer_comparison
+
+    rule, both, tokenizer = compared
+    if as_json:
+        return {"rule": rule.says, **peer_comparison.to_json(both, tokenizer)}
+    peer_comparison.print_comparison(rule, both, tokenizer, table_console())
+    return {}

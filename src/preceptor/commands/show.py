@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Show which tokens are context and which are trained."""
     from preceptor.inspect.page import check_page_file, write_page
-    from preceptor.inspect.show import show_examples
+    from preceptor.inspect.show import fitted, show_examples
 
     if html is not None:
         check_page_file(html, as_json)
@@ -40,17 +40,21 @@ def show(
     with large_imports():
         from preceptor.chat.format import load_chat_format
         from preceptor.data.sources import open_sources
+        from preceptor.data.truncation import Fitter
 
     train, held_out = open_sources(run.data)
-    renderer = load_chat_format(run.model, run.data, [*train, *held_out]).renderer(run.data)
-    records = (example for source in train for example in source.examples())
+    chat = load_chat_format(run.model, run.data, [*train, *held_out])
+    renderer = chat.renderer(run.data)
+    records = (record for source in train for record in source.examples())
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
+    examples = fitted(records, fitter, example)
     console = standard_console()
     if html is not None:
         about = f"{', '.join(source.path for source in run.data.train)}, as {run.model.path} reads it"
-        num_shown = write_page(html, records, renderer, about, example)
+        num_shown = write_page(html, examples, renderer, about, example)
         console.print(f"examples in {html}: {num_shown}; open it in a browser", highlight=False)
     else:
-        num_shown = show_examples(records, renderer, example, as_json, console)
+        num_shown = show_examples(examples, renderer, example, as_json, console)
     if not num_shown:
         raise errors.DataError(
             "the data has no examples" if example is None else f"--example {example}: the data has fewer examples"

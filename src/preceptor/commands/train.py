@@ -63,7 +63,7 @@ def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: di
     """In several processes, started and watched by torch's own launcher. Raises ConfigError, and as `launch`."""
     from preceptor.train.run_folder import claim
 
-    if nproc != "gpu" and (not nproc.isdigit() or int(nproc) < 1):
+    if nproc != "gpu" and (not nproc.isdecimal() or int(nproc) < 1):
         raise ConfigError(f"--nproc {shlex.quote(nproc)}: neither a number of processes nor `gpu`")
     run = load_run(run_file, overrides)  # so that a mistake is told at once, by this process alone
     say(first_line(run))

@@ -3,6 +3,7 @@
 Shares are reported in points (hundredths), texts in bits per byte; ± is half the width of the 95 % interval.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,13 @@ def short_name(task: str) -> str:
     return Path(task.removeprefix("scholar:")).name.partition(".")[0]
 
 
+def is_finite(entry: Mapping[str, Any]) -> bool:
+    """Whether the headline metric of both models is finite. In a JSON file it is null where it is not."""
+    figures = entry["figures"][HEADLINES[entry["kind"]].name]
+    values = [figures[side]["value"] for side in ("base", "tuned", "difference")]
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
 def change(entry: Mapping[str, Any]) -> int:
     """1: better than before, -1: worse, 0: not distinguishable from zero."""
     metric = HEADLINES[entry["kind"]]
@@ -74,6 +82,8 @@ def amount(entry: Mapping[str, Any], signed: bool = False) -> str:
 def sentence(entry: Mapping[str, Any]) -> str:
     """One task in a sentence, without its full stop."""
     figures, task = entry["figures"][HEADLINES[entry["kind"]].name], short_name(entry["task"])
+    if not is_finite(entry):
+        return f"no finite figures on {task}"
     num = entry["num_items"]
     few = "" if tells(entry) else f"; {num:,} item{'s are' if num != 1 else ' is'} too few to show a small one"
     if figures["num_changed"] == 0:
@@ -108,8 +118,11 @@ def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None)
 
 
 def _tax(entries: Sequence[Mapping[str, Any]]) -> str:
+    broken = [sentence(entry) for entry in entries if not is_finite(entry)]
+    if not (entries := [entry for entry in entries if is_finite(entry)]):
+        return "; ".join(broken)
     lost, same, gained = ([entry for entry in entries if change(entry) == sign] for sign in (-1, 0, 1))
     unseen = "no significant loss" if all(map(tells, entries)) else "no loss that so few items can show"
     parts = [sentence(entry) for entry in lost] or [unseen]
     parts += [sentence(entry) for entry in gained] or ["no gain"]
-    return "; ".join(parts + [sentence(entry) for entry in same])
+    return "; ".join([*parts, *map(sentence, same), *broken])

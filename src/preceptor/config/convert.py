@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from preceptor.config import torchtune, unsloth
 from preceptor.config.peer_data import data_section
-from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, TRAINER
+from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS_OFF, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
@@ -21,6 +21,7 @@ from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
 _NO_CLIPPING = 1e9
+_OF_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # what LLaMA-Factory reads of a row
 _SPREAD = ("deepspeed", "fsdp", "fsdp_config")
 _TRACKER_KEYS = {
     "wandb": ("use_wandb", "wandb_project"),
@@ -37,8 +38,8 @@ def convert_file(path: Path) -> Conversion:
 
 
 def settings_of(path: Path) -> Mapping[str, Any]:
-    """The flat settings of a file, and what says how its data is read: torchtune's sections as `torchtune`, and
-    `formatting` of LLaMA-Factory's first data set. Raises ConfigError as `read_peer_file`.
+    """The flat settings of a file, and what says how its data is read: torchtune's sections as `torchtune`, and of
+    LLaMA-Factory's first data set `formatting` and `columns`. Raises ConfigError as `read_peer_file`.
     """
     file = read_peer_file(path)
     settings = dict(_flat(file).settings)
@@ -47,7 +48,8 @@ def settings_of(path: Path) -> Mapping[str, Any]:
     if file.peer == "LLaMA-Factory":
         names = settings.get("dataset")
         name = str(names[0] if isinstance(names, list) and names else names).split(",")[0].strip()
-        settings["formatting"] = dataset_info(settings, path.parent).get(name, {}).get("formatting")
+        entry = dataset_info(settings, path.parent).get(name, {"columns": None})
+        settings |= {"formatting": entry.get("formatting"), "columns": entry.get("columns", _OF_ALPACA)}
     return settings
 
 
@@ -74,11 +76,16 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     set_adapter(given)
     _set_trackers(given)
     given.carry(DIRECT)
+    if given.peer == "LLaMA-Factory" and given.takes("enable_thinking", False):
+        given.set("data.chat_template_kwargs", {"enable_thinking": False})
     optimizer = given.tree.get("optimizer", {})
     relative = given.peer != "torchtune" and optimizer.get("name") == "adafactor"  # torchtune's is torch's, as here
     if relative and (rate := optimizer.pop("learning_rate", None)) is not None:
         why = f"{short(rate)} is the size of an update there; here it is multiplied by the size of each weight"
         given.note("learning_rate", f"{why}. Left at Adafactor's default: set optimizer.learning_rate")
+    if optimizer.get("name") == "muon" and given.peer == "Axolotl" and given.settings.keys() & {*_SPREAD[1:]}:
+        why = "under FSDP an update of Muon is scaled by sqrt(rows / columns) there, by 0.2 sqrt(the larger) here"
+        given.note("learning_rate", f"{why}: set optimizer.learning_rate")
     if optimizer.get("max_grad_norm") == 0:
         optimizer["max_grad_norm"] = _NO_CLIPPING
         given.note("max_grad_norm", "gradients are not clipped there; here at a norm that none reaches")
@@ -91,7 +98,9 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     }
     given.missing = [key for key, is_there in needed.items() if not is_there]
     done = ("nothing to set", "remove the key")  # what needs no action comes last
-    given.notes = sorted(dict.fromkeys(given.notes), key=lambda note: note[1].endswith(done))
+    given.notes = sorted(
+        dict.fromkeys(given.notes), key=lambda note: (not given.changes(*note), note[1].endswith(done))
+    )
     return given
 
 
@@ -100,14 +109,15 @@ def _set_model(given: Conversion) -> None:
     lora = trains_adapter(given)
     _set_quantization(given, lora)
     dtype = str(given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
-    half = given.settings.get("bf16") in (True, "auto")
+    absent = "auto" if given.peer == "Axolotl" and given.on("fp16", "float16") is None else None
+    half = given.settings.get("bf16", absent) in (True, "auto")
     if lora and not dtype and half and given.peer in ("Axolotl", "LLaMA-Factory"):  # the base of an adapter
         dtype = "bfloat16"
     elif not lora and not dtype:
         # Axolotl loads weights so, which are spread as float32 ones
         whole = given.peer == "Axolotl" and not given.settings.keys() & {*_SPREAD}
-        keys = ("pure_bf16", "bfloat16", *(("bf16",) if whole and half else ()))
-        if (key := next((key for key in keys if given.on(key)), None)) is not None:
+        key = next((key for key in ("pure_bf16", "bfloat16") if given.on(key)), "bf16" if whole and half else None)
+        if key is not None:
             _set_half_weights(given, key)
     if dtype in ("bfloat16", "bf16"):
         if lora:
@@ -135,9 +145,8 @@ def _set_quantization(given: Conversion, lora: bool) -> None:
     if kind is None:
         return
     if not lora:
-        given.note("quantization", "quantized weights need an adapter: all weights are trained here")
         why = "a quantized model can only be trained with an adapter: give peft_config=LoraConfig(...)"
-        given.unoffered.append(("quantization", why))
+        given.not_offered("quantization", why, "; all weights are trained here, and not quantized")
         return
     given.set("model.quantization", kind)
     given.set("model.dtype", "bfloat16")
@@ -168,6 +177,8 @@ def _set_trackers(given: Conversion) -> None:
 def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
     """Keys that nothing has read, with the reason; those that are off say nothing."""
     for key, value in given.settings.items():
+        if value is False and key in SPEAKS_OFF:
+            given.note(key, SPEAKS_OFF[key])
         if key in given.used or value in OFF:
             continue
         if key in CHANGES_TRAINING:

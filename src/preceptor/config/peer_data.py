@@ -17,6 +17,7 @@ field_thinking template_thinking_key: reasoning is read from `reasoning_content`
 column_names skiprows: a table is read with its own header: write its names in `columns`
 roles_to_train: only assistant turns, the last one, or all can be trained, see data.train_on
 train_on_inputs: data.train_on: `all` trains the prompt as well, of every source
+split: a file is read whole; write that part to a file of its own, and name that
 fraction: a share of the mixture there; `count` of a source is so many examples, set it by hand
 """)
 _ROLES = {"user", "human", "assistant", "gpt", "model", "chatgpt", "system", "tool", "observation"}
@@ -26,6 +27,9 @@ _MESSAGE_KEYS = ("role", "content", "from", "value")
 _OF_PROMPTS = {f"field_{name}": name for name in ("system", "instruction", "input", "output")}
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _IMAGES = {"images", "videos", "audios"}
+_READERS = ("json", "csv", "parquet", "text", "arrow", "webdataset")  # of `load_dataset`, and no data sets
+_PLAIN = re.compile(r"[\w.-]+")  # the name of a split, and no part of one
+_FIRST, _REST = re.compile(r"([\w.-]+)\[:(\d{1,2})%\]"), re.compile(r"([\w.-]+)\[(\d{1,2})%:\]")
 
 
 def data_section(given: Conversion, folder: Path, packed: bool) -> None:
@@ -65,7 +69,7 @@ def _set_chat_template(given: Conversion) -> None:
     given.takes("chat_template", "jinja")  # that is, the template of chat_template_jinja
     named = given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")
     name, own = str(named), "absent here: the model's own, else chatml"
-    if named in (None, "tokenizer_default", "default", "empty"):
+    if named is None or (given.peer == "Axolotl" and name in ("tokenizer_default", "default", "empty")):
         return
     if name in ("chatml", "llama3", "tokenizer") or name.endswith(".jinja"):
         given.set("data.chat_template", name)
@@ -106,11 +110,11 @@ def _set_sources(given: Conversion, folder: Path) -> bool:
         _set_named_data(given, folder, "dataset", "data.train")
         _set_named_data(given, folder, "eval_dataset", "data.eval")
     else:
-        train, held_out = (_several(entries) for entries in _entries(given))
+        train, held_out = (_several(entries) for entries in _halves(given, *_entries(given)))
         if train:
             texts = all(isinstance(one, Mapping) and one.get("type") in _OF_TEXT for one in train)
         for key, each in (("data.train", train), ("data.eval", held_out)):
-            sources = [source for one in each if (source := _source(given, key, one)) is not None]
+            sources = [source for one in each if (source := _source(given, key, one, folder)) is not None]
             given.set(key, sources or None)
     if given.settings.get("max_samples") and given.value("max_samples"):
         given.note("max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand")
@@ -137,6 +141,20 @@ def _entries(given: Conversion) -> tuple[Any, Any]:
     return train, held_out
 
 
+def _halves(given: Conversion, train: Any, held_out: Any) -> tuple[Any, Any]:
+    """Of the first and the last part of a file, `train[:90%]` and `train[90%:]`, the share that is held out."""
+    if not isinstance(train, Mapping) or not isinstance(held_out, Mapping) or "data_files" not in train:
+        return train, held_out
+    splits = str(train.get("split")), str(held_out.get("split"))
+    for (first, rest), sign in ((splits, -1), (splits[::-1], 1)):
+        one, other = _FIRST.fullmatch(first), _REST.fullmatch(rest)
+        same = {**train, "split": None} == {**held_out, "split": None}
+        if same and one and other and one.groups() == other.groups() and (share := int(one[2]) / 100) > 0:
+            given.set("data.eval_size", share if sign > 0 else round(1 - share, 2))
+            return {**train, "split": one[1]}, None
+    return train, held_out
+
+
 def _several(entries: Any) -> list[Any]:
     """The entries of a list, or the one that there is; of several files, one for each."""
     found = []
@@ -146,7 +164,7 @@ def _several(entries: Any) -> list[Any]:
     return found
 
 
-def _source(given: Conversion, key: str, entry: Any) -> dict[str, Any] | None:
+def _source(given: Conversion, key: str, entry: Any, folder: Path) -> dict[str, Any] | None:
     """One data set of Axolotl's list, or the arguments of `load_dataset`; None where it does not say which."""
     if not isinstance(entry, Mapping):
         return {"path": str(entry)}
@@ -154,7 +172,7 @@ def _source(given: Conversion, key: str, entry: Any) -> dict[str, Any] | None:
     if not values.keys() & {"path", "data_files"}:
         given.note(key, f"{short(entry)}: left out, for it does not say where the data is")
         return None
-    found = _place(given, key, values)
+    found = _place(given, key, values, folder)
     if isinstance(values.get("columns"), list):  # those that are read; here the columns of the format are
         values.pop("columns")
     columns = _columns(given, key, values)
@@ -169,18 +187,21 @@ def _source(given: Conversion, key: str, entry: Any) -> dict[str, Any] | None:
     return found
 
 
-def _place(given: Conversion, key: str, values: dict[str, Any]) -> dict[str, Any]:
+def _place(given: Conversion, key: str, values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Takes what says where the data is, and which of it, out of the values."""
     path, files = values.pop("path", None), values.pop("data_files", None)
     kind = values.pop("ds_type", None)
     if files is not None:
         if not isinstance(files, str):
             given.note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
+        elif path is not None and _is_local(str(path), folder):
+            path = Path(str(path)) / files
         elif path is not None and HUB_ID.fullmatch(str(path)) and "://" not in files:
             path = f"hf://datasets/{path}/{files}"
         else:
             path = files
-        values.pop("split", None)  # of a file there is only one
+        if _PLAIN.fullmatch(str(values.get("split"))):  # of a file there is only one
+            values.pop("split", None)
     found: dict[str, Any] = {"path": str(path)}
     if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
         found["split"] = str(values.pop("split", "train"))
@@ -191,6 +212,12 @@ def _place(given: Conversion, key: str, values: dict[str, Any]) -> dict[str, Any
     found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
     values.pop("weight", None)
     return found
+
+
+def _is_local(path: str, folder: Path) -> bool:
+    """Whether it is a folder: by its form, or because it is there."""
+    is_name = len(path) < 200 and path not in _READERS
+    return path.startswith((".", "/", "~")) or (is_name and any((root / path).is_dir() for root in (folder, Path())))
 
 
 def _columns(given: Conversion, key: str, values: dict[str, Any]) -> dict[str, str]:
@@ -233,6 +260,7 @@ def _set_named_data(given: Conversion, folder: Path, key: str, ours: str) -> Non
     if not names:
         return
     known = dataset_info(given.settings, folder)
+    given.used.add("dataset_dir")
     sources = []
     for name in names if isinstance(names, list) else str(names).split(","):
         entry = known.get(str(name).strip())
@@ -246,7 +274,9 @@ def _set_named_data(given: Conversion, folder: Path, key: str, ours: str) -> Non
             why = "its entry has neither hf_hub_url nor file_name: name its file or Hub id in data"
             given.note(key, f"{str(name).strip()!r}: {why}")
             continue
-        path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry["file_name"]))
+        path = entry.get("hf_hub_url") or str(Path(entry["info_folder"]) / str(entry["file_name"]))
+        if (part := entry.get("folder")) and "hf_hub_url" in entry:
+            path = f"hf://datasets/{path}/{part}"
         ours_of = {"prompt": "text"} if given.settings.get("stage") == "pt" else _COLUMNS
         named = entry.get("columns") or {}
         columns = {ours_of.get(part, part): column for part, column in named.items() if part not in _IMAGES}

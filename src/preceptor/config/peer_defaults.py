@@ -8,7 +8,12 @@ from preceptor.config.peer_without import table
 Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
 OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
-"""Values that say no more than an absent key."""
+"""Values that say no more than an absent key, but for the keys of SPEAKS_OFF."""
+SPEAKS_OFF = table("""
+shuffle shuffle_merged_datasets: false: the order of the file there; here it is always drawn, for each epoch
+enable_thinking: false: reasoning is removed from the answers there; here it is trained: take it out of the data
+""")
+"""Keys of which `false` says something, for they are on where they are absent: what."""
 
 TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "num_train_epochs": 3.0,

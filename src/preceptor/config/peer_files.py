@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from preceptor.config.peer_defaults import Peer
-from preceptor.config.peer_kinds import OTHER_FILES, refuse_others, refuse_task
+from preceptor.config.peer_kinds import OTHER_FILES, is_another_task, refuse_others, refuse_task
 from preceptor.config.peer_script import read_script
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES
@@ -30,6 +30,12 @@ _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
     ),
 )
 """The first peer of which the file has one of these keys."""
+_WORD = r"""(?:\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s;&|<>()])+"""
+_SHELL = re.compile(rf"\d*(?:&>>?|>>?[&|]?|<<?<?&?)[ \t]*(?:{_WORD})?|(?P<end>[;&|\n()]+)|(?P<word>{_WORD})", re.DOTALL)
+"""A redirection with its file, the end of a command, a word."""
+_CLIS = ("trl", "llamafactory-cli")  # a task follows
+_MODELS = frozenset({"model_name_or_path", "model_name", "model_id", "model", "config"})
+"""Flags of which a command that trains has one."""
 
 
 def read_peer_file(path: Path) -> PeerFile:
@@ -68,20 +74,74 @@ def _read(path: Path) -> PeerFile:
     )
 
 
-def _command(path: Path, text: str) -> PeerFile:
-    """`--key value` of a shell command; a key without a value is true."""
+def _commands(path: Path, text: str) -> list[list[str]]:
+    """The words of each command, without what is written to files. Raises ConfigError."""
     lines = [re.sub(r"(^|\s)#\s.*", "", line) for line in text.splitlines() if not line.lstrip().startswith("#")]
+    commands: list[list[str]] = [[]]
     try:
-        words = shlex.split("\n".join(lines).replace("\\\n", " "))
+        text = "\n".join(lines).replace("\\\n", " ")
+        shlex.split(text)
+        for word in _SHELL.finditer(text):
+            if word["end"]:
+                commands.append([])
+            elif word["word"]:
+                commands[-1] += shlex.split(word["word"])
     except ValueError as error:
         raise ConfigError(f"{path}: not a shell command: {error}") from None
+    return [words for words in commands if words]
+
+
+def _launched(words: Sequence[str]) -> int:
+    """Where a command names the script, the module or the task that it starts; -1 where it does not."""
+    for at, word in enumerate(words):
+        before = Path(words[at - 1]).name if at else ""
+        is_module = before == "-m" and not word.startswith("torch.distributed")
+        if (word.endswith(".py") and not re.match(r"\w+=", word)) or before in _CLIS or is_module:
+            return at
+    return -1
+
+
+def _task(words: Sequence[str]) -> str:
+    """`sft` of `trl sft`, of `sft.py` and of `-m trl.scripts.sft`; else its first words."""
+    at = _launched(words)
+    return " ".join(words[:2]) if at < 0 else Path(words[at]).name.removesuffix(".py").rpartition(".")[2]
+
+
+def _trains(words: Sequence[str]) -> bool:
+    task = _task(words)
+    named = re.search("sft|train|tun", task) and not is_another_task(task)
+    return bool(named and _flags(words, []).keys() & _MODELS)
+
+
+def _of_training(path: Path, commands: list[list[str]], unread: list[str]) -> tuple[list[str], int]:
+    """The only command that trains, and where it names what it starts. Raises ConfigError where that cannot be told.
+
+    unread: gets the other ones.
+    """
+    started = [words for words in commands if _launched(words) >= 0 or _flags(words, []).keys() & _MODELS]
+    started = started or [words for words in commands if any(word.startswith("--") for word in words)] or [[]]
+    trains = [words for words in started if _trains(words)] if len(started) > 1 else started
+    named = [" ".join(words[: _launched(words) + 1] or words[:2]) for words in started]
+    if len(trains) != 1:
+        raise ConfigError(
+            f"{path}: holds several commands ({'; '.join(named)}): write the one that trains into a file of its own, "
+            "and convert that"
+        )
+    own = next(at for at, words in enumerate(started) if words is trains[0])
+    unread += [f"{name}: another command of this file, left out" for at, name in enumerate(named) if at != own]
+    return trains[0], _launched(trains[0])
+
+
+def _command(path: Path, text: str) -> PeerFile:
+    """`--key value` of a shell command; a key without a value is true."""
     unread: list[str] = []
-    launched = next((at for at, word in enumerate(words) if word.endswith(".py") or words[at - 1 : at] == ["trl"]), -1)
+    words, launched = _of_training(path, _commands(path, text), unread)
     if launched >= 0:
-        refuse_task(Path(words[launched]).stem, str(path))
+        refuse_task(_task(words), str(path))
         if "vlm" in words[launched]:
             unread.append(f"{Path(words[launched]).name}: {OF_IMAGES}")
-    launcher, settings = _flags(words[: max(launched, 0)], []), _flags(words[launched + 1 :], unread)
+    before = [word for word in words[: max(launched, 0)] if word != "-m"]
+    launcher, settings = _flags(before, []), _flags(words[launched + 1 :], unread)
     processes = launcher.get("num_processes", launcher.get("nproc_per_node"))
     if isinstance(processes, int):
         nodes = launcher.get("nnodes", 1) if "nproc_per_node" in launcher else 1
@@ -145,6 +205,6 @@ def dataset_info(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: holds {type(found).__name__}, not data sets by name")
     return {
-        name: {**(entry if isinstance(entry, dict) else {}), "folder": str(file.parent)}
+        name: {**(entry if isinstance(entry, dict) else {}), "info_folder": str(file.parent)}
         for name, entry in found.items()
     }

@@ -58,9 +58,14 @@ def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
         raise refusal(where, "no `optimizer`", _NOTHING)
 
 
+def is_another_task(name: str) -> bool:
+    """name: of a trainer's command or script, such as `dpo`."""
+    return "diffusion" in name or bool(_TASKS.search(name) and "sft" not in name)
+
+
 def refuse_task(name: str, where: str) -> None:
-    """name: of a trainer's command or script, such as `dpo`. Raises ConfigError for one that is not of SFT."""
-    if "diffusion" in name or (_TASKS.search(name) and "sft" not in name):
+    """Raises ConfigError for a command or script that is not of SFT."""
+    if is_another_task(name):
         raise refusal(where, f"`{name}`", "is another task than `sft`")
 
 

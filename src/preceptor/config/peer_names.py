@@ -1,4 +1,4 @@
-"""Names that other trainers, and earlier versions of Preceptor, have for the keys of a run file.
+"""Names that other trainers have for the keys of a run file.
 
 The names are those of transformers' TrainingArguments, TRL's SFTConfig and ModelConfig, peft's LoraConfig, Axolotl and
 LLaMA-Factory. A key here is written as in the run file, a list with `[]`; after a colon may follow what to know of its
@@ -9,39 +9,6 @@ from collections.abc import Iterable
 
 from preceptor.config.peer_defaults import DIRECT, OF_ADAPTERS
 from preceptor.config.peer_without import NO_COUNTERPART, table
-
-RENAMED: dict[str, str] = {
-    "data.template": "data.chat_template",
-    "data.template_kwargs": "data.chat_template_kwargs",
-    "data.targets": "data.train_on",
-    "data.max_row_tokens": "data.max_length",
-    "data.too_long": "data.overflow: `refuse` is now `reject`",
-    "data.group_prompts": "data.share_prefixes",
-    "data.max_refused": "data.max_rejected",
-    "data.refusals": "data.allow_rejected: `{too_long: allow}` is now `[too_long]`",
-    "train.rows_per_step": "train.batch_size",
-    "train.learning_rate": "optimizer.learning_rate",
-    "train.schedule": "optimizer.lr_scheduler",
-    "train.warmup": "optimizer.warmup",
-    "train.final_learning_rate_share": "optimizer.min_lr_ratio",
-    "train.weight_decay": "optimizer.weight_decay",
-    "train.beta1": "optimizer.betas: such as `[0.9, 0.95]`",
-    "train.beta2": "optimizer.betas: such as `[0.9, 0.95]`",
-    "train.max_grad_norm": "optimizer.max_grad_norm",
-    "train.normalize": "loss.reduction",
-    "train.label_smoothing": "loss.label_smoothing",
-    "train.z_loss": "loss.z_loss",
-    "train.dft": "loss.type: `dft: true` is now `type: dft`",
-    "train.kl_to_base": "loss.kl_coef",
-    "train.context_gradient": "memory.context_gradient: `none` is now `detach`",
-    "train.recompute": "memory.activation_checkpointing",
-    "train.save_every": "checkpoint.every",
-    "train.keep_checkpoints": "checkpoint.keep",
-    "train.eval_every": "eval.every",
-    "train.num_samples": "eval.num_samples",
-    "train.max_new_tokens": "eval.max_new_tokens",
-}
-"""Keys of earlier versions."""
 
 COUNTERPARTS: dict[str, str] = {
     **{key: ours for key, (ours, _) in {**DIRECT, **OF_ADAPTERS}.items() if key != ours.rpartition(".")[2]},
@@ -67,6 +34,7 @@ pretraining_dataset: data.train: such as `[{path: text.jsonl}]`, with `data.stre
 interleave_probs: data.train[].weight: how often each example is seen in an epoch
 val_set_size test_split_size val_size: data.eval_size: a share of the examples, such as 0.05
 chat_template_path template: data.chat_template
+enable_thinking: data.chat_template_kwargs: such as `{enable_thinking: false}`
 chat_template_jinja: data.chat_template: a file
 excess_length_strategy truncation_mode: data.overflow: or `data.allow_rejected: [too_long]`, which leaves them out
 assistant_only_loss: data.train_on: `assistant` trains every assistant turn
@@ -153,20 +121,16 @@ INSTEAD_OF_SECTIONS: dict[str, str] = {
 def advice(place: str, keys: Iterable[str]) -> str | None:
     """The sentence that says what to write instead of an unknown key; None where its name is known from nowhere.
 
-    place: the key, dotted, with the indices of lists. keys: all keys of the run file. Looked up in this order: this
-    very key in earlier versions, a name that other trainers have, the same name in another section, a name of earlier
-    versions in any section.
+    place: the key, dotted, with the indices of lists. keys: all keys of the run file. A name that other trainers have
+    comes before the same name in another section.
     """
     key = ".".join(part for part in place.split(".") if not part.isdigit())
     name = key.rpartition(".")[2]
-    if key in RENAMED:
-        return f"{place} is now {_with_note(RENAMED[key])}"
     instead = NO_COUNTERPART.get(key) or NO_COUNTERPART.get(name)
     if instead is not None:
         return f"{place}: unknown key; {instead}"
     found = COUNTERPARTS.get(name)
     found = found or " or ".join(ours for ours in keys if ours.rpartition(".")[2] == name)
-    found = found or next((new for old, new in RENAMED.items() if old.rpartition(".")[2] == name), "")
     return f"{place}: unknown key; here it is {_with_note(found)}" if found else None
 
 

@@ -24,9 +24,10 @@ _CONFIGS = (*_ARGUMENTS, "LoraConfig", "ModelConfig", "ScriptArguments")
 _TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
 _DERIVED = (*_ARGUMENTS, "SFTTrainer", "UnslothTrainer")  # those of which a script's own class is still of SFT
 _COMMAND_LINES = ("TrlParser", "HfArgumentParser", "ArgumentParser")
-_UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel")
+_UNSLOTH = re.compile(r"Fast\w*Model")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
 _AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
+_MOVES = ("to", "cuda")  # methods of a model
 _AROUND_DATA = ("standardize_sharegpt", "standardize_data_formats")  # the format is recognised here
 _CHANGES = "map filter select shuffle rename_column rename_columns remove_columns train_test_split".split()  # noqa: SIM905
 _RENDERS = "the chat template renders the conversations, which is done here as well: nothing to set"
@@ -98,7 +99,9 @@ def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
                 _keyword(script, keyword, found)
     elif name == "train_on_responses_only":
         _part(script, name, call.keywords, found)
-    elif script.owner_of(call) in _UNSLOTH and name not in found.settings:  # a later call loads what was trained
+    elif (
+        _UNSLOTH.fullmatch(script.owner_of(call)) and name not in found.settings
+    ):  # a later call loads what was trained
         _part(script, name, [each for each in _named(name, call) if each.arg != "model"], found)
 
 
@@ -153,13 +156,14 @@ def _trainer(script: Script, call: ast.Call, found: PeerFile) -> None:
         if is_off or name in ("args", "peft_config", "processing_class", "tokenizer"):
             continue
         if name == "model":
-            _model(script, value, found)
+            _model(script, value, call, found)
         elif name in ("train_dataset", "eval_dataset"):
             split_off = _dataset(script, name, value, split_off, found)
         elif name in {*COUNTERPARTS, *NO_COUNTERPART, "quantization_config"}:  # earlier versions had settings here
             _keyword(script, ast.keyword(name, value), found)
         else:
             _argument(script, name, value, found)
+    _tokenizer(script, call, found)
 
 
 def _arguments(node: ast.expr) -> dict[str, ast.expr] | None:
@@ -182,26 +186,62 @@ def _argument(script: Script, name: str, value: ast.expr, found: PeerFile) -> No
     found.unread.append(f"{name}: {shown(value)} (line {value.lineno}): {why}")
 
 
-def _model(script: Script, value: ast.expr, found: PeerFile) -> None:
-    while isinstance(value, ast.Call) and script.name_of(value) in _AROUND_MODELS and value.args:
+def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) -> None:
+    while isinstance(value, ast.Call) and script.name_of(value) in (*_AROUND_MODELS, *_MOVES):
+        inner = [each.value for each in value.keywords if each.arg == "model"] or value.args
+        if script.name_of(value) in _MOVES:
+            inner = [value.func.value] if isinstance(value.func, ast.Attribute) else []
+        if not inner:
+            break
         if script.name_of(value) == "setup_chat_format":
             found.settings.setdefault("chat_template", "chatml")
-        value = script.resolved(value.args[0])
+        value = script.resolved(inner[0])
     if isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained":
-        if script.owner_of(value) in _UNSLOTH:
+        if _UNSLOTH.fullmatch(script.owner_of(value)):
             return
-        named = {keyword.arg: keyword for keyword in value.keywords}
-        place = named.pop("pretrained_model_name_or_path", None)
-        if value.args or place is not None:
-            for keyword in named.values():
-                _keyword(script, keyword, found)
-            value = value.args[0] if place is None else place.value
+        value = _loaded_model(script, value, found) or value
     elif "from_pretrained" in found.settings:
         return
+    elif not isinstance(value, ast.Constant):  # how it is loaded, though not which
+        for call in script.calls("from_pretrained"):
+            if call.lineno < trainer.lineno and script.owner_of(call).startswith("AutoModel"):
+                _loaded_model(script, call, found)
     try:
         found.settings["model_name_or_path"] = script.constant(value)
     except UNREADABLE:
         found.unread.append(f"model: {shown(value)} (line {value.lineno}): not a path that is written out")
+
+
+def _loaded_model(script: Script, call: ast.Call, found: PeerFile) -> ast.expr | None:
+    """Reads how `from_pretrained` loads a model; which one, None where it does not say."""
+    named = {keyword.arg: keyword for keyword in call.keywords}
+    place = named.pop("pretrained_model_name_or_path", None)
+    for keyword in named.values():
+        _keyword(script, keyword, found)
+    if not named.keys() & {None, "dtype", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit"}:
+        found.unread.append(
+            "dtype: absent: transformers 5 loads the type of the files, 4 float32; here float32: set model.dtype"
+        )
+    return call.args[0] if call.args else None if place is None else place.value
+
+
+def _tokenizer(script: Script, trainer: ast.Call, found: PeerFile) -> None:
+    """Names a tokenizer of another model, and a chat template that is set."""
+    for keyword in script.set_anywhere("chat_template"):
+        _keyword(script, keyword, found)
+    model = found.settings.get("model_name_or_path")
+    for call in script.calls("from_pretrained"):
+        given = [each.value for each in call.keywords if each.arg == "pretrained_model_name_or_path"] or call.args
+        if not given or call.lineno > trainer.lineno or not re.search("Tokenizer|Processor", script.owner_of(call)):
+            continue
+        try:
+            name = script.constant(given[0])
+        except UNREADABLE:
+            continue
+        if model is not None and name != model:
+            found.unread.append(
+                f"processing_class: the tokenizer of {name} there; here that of {model}, and its template"
+            )
 
 
 # The data ------------------------------------------------------------------------------------------------------------

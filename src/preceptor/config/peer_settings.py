@@ -11,12 +11,22 @@ from preceptor.errors import short
 
 T = TypeVar("T")
 
+_HEADINGS = {
+    True: "# Not offered, so that something else is trained than there:",
+    False: "# Not carried over, or not as it was:",
+}
 _OF_LOADING = {
     "TRL": ("model_init_kwargs", "quantization_config"),
     "Unsloth": ("model_init_kwargs", "quantization_config"),
     "Axolotl": ("overrides_of_model_config",),
 }
 """Keys whose value is a table of further keys, of how the model is loaded."""
+_NULLS: Mapping[Peer, Mapping[str, Any]] = {
+    "TRL": {"max_grad_norm": 0},
+    "Unsloth": {"max_grad_norm": 0},
+    "Axolotl": {"bf16": False},
+}
+"""Keys of which null says that something is off, which an absent key does not."""
 _OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # defaults of BitsAndBytesConfig
 
 
@@ -55,8 +65,9 @@ class Conversion:
                 inner = given.pop(key)
                 four_bits = key == "quantization_config" and inner.get("load_in_4bit")
                 given |= {**(_OF_FOUR_BITS if four_bits else {}), **inner}
-        self.settings = {key: value for key, value in given.items() if value is not None}
         none_is_a_value = file.peer in ("TRL", "Unsloth")  # elsewhere a key without a value is as good as absent
+        given |= {key: off for key, off in _NULLS.get(file.peer, {}).items() if given.get(key, off) is None}
+        self.settings = {key: value for key, value in given.items() if value is not None}
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
         unread = (sentence.partition(":")[0] for sentence in file.unread)
         names |= {NAMES.get(key, key) for key in unread}  # given, though not as a value
@@ -120,10 +131,16 @@ class Conversion:
         self.note(key, why + instead)
         self.unoffered.append((key, why))
 
+    def changes(self, key: str, why: str) -> bool:
+        """Whether a note is on one of `unoffered`."""
+        return any(key == own and why.startswith(reason) for own, reason in self.unoffered)
+
     def text(self, source: str) -> str:
         """The run file, with the notes as comments."""
         lines = [f"# Made by `preceptor convert` from {source} ({self.peer})."]
         lines += [f"# To be filled in: {key}" for key in self.missing]
-        if self.notes:
-            lines += ["# Not carried over, or not as it was:", *(f"#   {key}: {why}" for key, why in self.notes)]
+        for changes, heading in _HEADINGS.items():
+            own = [f"#   {key}: {why}" for key, why in self.notes if self.changes(key, why) == changes]
+            lines += [heading, *own] if own else []
+        lines = [" ".join(line.splitlines()) for line in lines]  # each is one comment
         return "\n".join(lines) + "\n" + dump_yaml(self.tree)

@@ -28,7 +28,9 @@ def set_training(given: Conversion, packed: bool) -> None:
         unit = "packed sequences" if packed else "examples, each by itself; as many packed sequences hold more"
         devices = f" on {processes} devices" if processes else "; on several devices there, multiply by their number"
         given.note("batch size", f"{each} x {accumulated} {unit}{devices}")
-    if (half := given.on("bf16")) is not None:
+    if _is_float32(given):
+        given.set("train.precision", "float32")
+    elif (half := given.on("bf16")) is not None:
         if half is True:
             given.set("train.precision", "bfloat16")
         elif half != "auto":
@@ -43,6 +45,14 @@ def set_training(given: Conversion, packed: bool) -> None:
         given.not_offered("loss_type", f"{short(loss)} is not offered: nll or dft")
     if given.settings.keys() & {"router_aux_loss_coef", "moe_aux_loss_coef"}:
         given.used.add("output_router_logits")  # the coefficient says it
+
+
+def _is_float32(given: Conversion) -> bool:
+    """Whether the type that is otherwise chosen by the device is switched off."""
+    if given.peer == "torchtune":
+        return given.settings.get("dtype") == "fp32"
+    half = given.settings.get("bf16") is False and given.on("fp16", "float16", "bfloat16") is None
+    return half and given.peer in ("TRL", "Axolotl") and given.tree.get("model", {}).get("dtype") != "bfloat16"
 
 
 def _set_duration(given: Conversion) -> None:
@@ -119,7 +129,9 @@ def set_optimizer(given: Conversion) -> None:
     scheduler = SCHEDULERS.get(name)
     if scheduler is None:
         offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
-        given.not_offered("lr_scheduler_type", f"{short(scheduled)} is not offered: {offered}")
+        runs = "; it is cosine here, down to 0"
+        given.not_offered("lr_scheduler_type", f"{short(scheduled)} is not offered: {offered}", runs)
+        scheduler = "cosine"
     given.set("optimizer.lr_scheduler", scheduler)
     _set_decay(given, scheduler)
     given.set("optimizer.warmup", _warmup(given, name))
@@ -127,9 +139,10 @@ def set_optimizer(given: Conversion) -> None:
     rule = "adamw" if named is None else optimizer_name(str(named))
     if rule is None:
         why = f"{short(named)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-        given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
-        given.unoffered.append(("optim", why))
+        key = "optim" if "optim" in given.settings else "optimizer"
+        given.not_offered(key, why, "; it is adamw here, which needs another learning rate")
     given.set("optimizer.name", None if rule == "adamw" else rule)
+    given.takes("adam_epsilon", 1e-8)  # as here
     betas = [given.number(key, given.value(key)) for key in ("adam_beta1", "adam_beta2")]
     given.set("optimizer.betas", None if None in betas or rule in ("adafactor", "sgd") else betas)
     given.set("optimizer.momentum", 0.0 if rule == "sgd" else None)
@@ -187,15 +200,22 @@ def set_adapter(given: Conversion) -> None:
     if not trains_adapter(given):
         kind = given.on("finetuning_type", "adapter")
         if kind == "freeze":
-            given.not_offered("adapter", "freeze: name what is trained in model.train_only")
+            given.not_offered(
+                "adapter",
+                "freeze: name what is trained in model.train_only",
+                "; without it all weights are trained here",
+            )
         elif kind not in (None, "full"):
-            given.not_offered("adapter", f"{short(kind)} is not offered: LoRA, or all weights")
+            why = f"{short(kind)} is not offered: LoRA, or all weights"
+            given.not_offered("adapter", why, "; all weights are trained here, which needs another learning rate")
         for key in [key for key in given.settings if key.startswith("lora_")]:
             given.note(key, "no adapter is asked for, so all weights are trained: nothing to set")
             given.used.add(key)
         return
     given.set("adapter.kind", "lora" if given.on("use_dora", "peft_use_dora") is None else "dora")
     given.carry(OF_ADAPTERS)
+    if given.peer == "LLaMA-Factory" and (rank := given.tree["adapter"].get("rank")) is not None:
+        given.set("adapter.alpha", 2.0 * rank)
     given.set("adapter.use_rslora", True if given.on("use_rslora", "peft_use_rslora") else None)
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = given.on(key)

@@ -15,7 +15,11 @@ _NOT_OFFERED = table(f"""
 optim_args: the settings of an optimizer are keys of the section `optimizer`: remove the key
 optim_target_modules: low-rank gradients (GaLore, APOLLO) are not offered: optimizer.name: adamw_8bit is small
 loftq_config: LoftQ is not offered; adapter.init: pissa also starts from singular values: remove the key
-relora: restarts of LoRA are not offered: remove the key
+relora relora_steps: restarts of LoRA are not offered: remove the key
+bias lora_bias: an adapter trains no biases: remove the key
+eva_config corda_config lora_ga_config velora_config monteclora_config kasa_config arrow_config alora_invocation_tokens
+    use_qalora qalora_group_size use_bdlora: this variant of LoRA is not offered: remove the key
+layer_replication: layers are those of the model: remove the key
 processor_type image_size image_resize_algorithm image_max_pixels image_min_pixels video_max_pixels video_fps
     video_maxlen freeze_vision_tower freeze_multi_modal_projector freeze_mm_modules finetune_audio_layers collate_fn:
     {OF_IMAGES}
@@ -39,7 +43,7 @@ eval_on_start: the model is always evaluated before the first step: nothing to s
 do_train stage lora_task_type auto_mapping inference_mode peft_version task_type do_predict: supervised fine-tuning is
     all that is done: remove the key
 do_eval: held-out files in data.eval are always evaluated: nothing to set
-adam_epsilon adam_eps: AdamW's epsilon is 1e-8: remove the key
+adam_epsilon adam_eps: AdamW's epsilon is always 1e-8 here
 auto_find_batch_size: the largest sequence is tried before the first step, and a run that cannot fit ends there
 average_tokens_across_devices: a step's loss is divided by its trained tokens, over all devices: nothing to set
 full_determinism: on a CPU a run follows from train.seed to the bit, on a GPU up to rounding: nothing to set
@@ -73,10 +77,10 @@ deepspeed fsdp fsdp_config config_file accelerate_config megatron_config megatro
     processes are started by torchrun or --nproc
 ddp_find_unused_parameters: parameters without a gradient need no setting: remove the key
 ddp_timeout: a process that waits for another one gives up after 30 minutes: nothing to set
-loss_watchdog_threshold loss_watchdog_patience: a step whose loss is not finite is left out and named; `preceptor
-    watch` shows a loss that rises: remove the key
-push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision: nothing is uploaded: `hf
-    upload` uploads the folder `model` in `out`
+loss_watchdog_threshold loss_watchdog_patience: a step whose loss is not finite ends the run, unless train.max_skipped
+    lets some be skipped; `preceptor watch` shows a loss that rises: remove the key
+push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision: no run uploads anything:
+    `preceptor export OUT --to hub --repo OWNER/NAME` uploads the model
 greater_is_better: the direction of each metric of checkpoint.best is known: nothing to set
 mlflow_tracking_uri: mlflow reads MLFLOW_TRACKING_URI of the environment: set it there
 early_stopping_threshold: an improvement counts where it is beyond chance, by a 95 % interval: nothing to set
@@ -106,15 +110,11 @@ bnb_4bit_quant_storage quantization_method quantization_device_map model_quantiz
     model_quantization_config_kwargs bnb_config_kwargs: model.quantization says all of quantized weights but
     model.double_quantization: remove the key
 llm_int8_threshold: int8 quantizes weights alone, so no activation is an outlier: remove the key
-bias lora_bias: an adapter trains no biases: remove the key
 fan_in_fan_out lora_fan_in_fan_out: how a layer holds its weight is known: nothing to set
 target_parameters lora_target_parameters: experts that are one tensor are adapted unless adapter.target_modules names
     layers: nothing to set
 ensure_weight_tying: tied tables stay tied: nothing to set
 layers_pattern peft_layers_pattern: adapter.rank_pattern takes whole names of layers: remove the key
-eva_config corda_config lora_ga_config velora_config monteclora_config kasa_config arrow_config alora_invocation_tokens
-    use_qalora qalora_group_size use_bdlora: this variant of LoRA is not offered: remove the key
-layer_replication: layers are those of the model: remove the key
 runtime_config lora_mlp_kernel lora_qkv_kernel lora_o_kernel: an adapter has an exact path of its own in the engine,
     chosen by itself: nothing to set
 lora_on_cpu: an adapter is small and stays on the device: remove the key
@@ -123,7 +123,6 @@ create_new_adapter: with model.from_run of a run with an adapter, that adapter i
     `adapter` makes its merged model the base
 merge_lora save_adapter_weights_only: adapter.save says whether the adapter, the merged model or both are saved: remove
     the key
-relora_steps: restarts of LoRA are not offered: remove the key
 qlora_sharded_model_loading: quantized weights are not sharded: remove the key
 base_model_name_or_path: the base is model.path: remove the key
 model_init_kwargs: the keys of the section `model` say how a model is loaded: remove the key

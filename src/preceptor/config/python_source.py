@@ -98,6 +98,13 @@ class Script:
             if isinstance(made, ast.Call) and self.name_of(made) in names:
                 yield keyword
 
+    def set_anywhere(self, name: str) -> Iterator[ast.keyword]:
+        """What is set as this attribute, of whatever object; not None."""
+        for node in (each for each in ast.walk(self._module) if isinstance(each, ast.Assign)):
+            is_none = isinstance(node.value, ast.Constant) and node.value.value is None
+            if not is_none and any(isinstance(each, ast.Attribute) and each.attr == name for each in node.targets):
+                yield ast.keyword(name, node.value)
+
     def calls(self, *names: str) -> Iterator[ast.Call]:
         """In the order of the text; without a name every call."""
         every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call)]
@@ -111,8 +118,8 @@ class Script:
 
     @staticmethod
     def owner_of(call: ast.Call) -> str:
-        """`AutoModel` for `AutoModel.from_pretrained(...)`."""
-        return getattr(getattr(call.func, "value", None), "id", "")
+        """`AutoModel` for `AutoModel.from_pretrained(...)` and for `transformers.AutoModel.from_pretrained(...)`."""
+        return _last_name(call.func.value) if isinstance(call.func, ast.Attribute) else ""
 
     def resolved(self, node: ast.expr) -> ast.expr:
         """What a name stands for at its place; the name where that cannot be told."""

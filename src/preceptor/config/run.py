@@ -7,7 +7,7 @@ applies `key=value` overrides, and rejects an unknown key by naming the nearest 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -32,6 +32,7 @@ from preceptor.config.sections import (
     Source,
     Train,
     nearest,
+    one_of,
 )
 from preceptor.config.yaml_text import apply_override, check_plain, dump_yaml, parse_yaml
 from preceptor.errors import ConfigError, short
@@ -58,8 +59,10 @@ class Run(Section):
     replay: Replay | None = None
     """Absent: only `data.train` is trained on."""
     engine: EngineMode = "auto"
-    """`auto`: decoder layers `compiled` on a GPU, if it can; else `efficient` modules in them. `plain`: all is off."""
-    tracker: Tracker | list[Tracker] = Field(default_factory=list)
+    """`auto`: `compiled` decoder layers on a GPU where possible, else `efficient` modules. `plain`: no optimisation."""
+    tracker: Annotated[Tracker | list[Tracker], one_of(f"one of {', '.join(get_args(Tracker))}, or a list of them")] = (
+        Field(default_factory=list)
+    )
     """Where the run's record is sent as it comes: tensorboard, trackio, mlflow, wandb, or a list (docs/tools.md)."""
     out: Path_
     """Folder of the run: new or empty, or that of this run, unfinished, which then continues."""

@@ -1,4 +1,4 @@
-"""The sections of the run file: every key, its type, its default and, on the line under it, its documentation.
+"""The sections of the run file: every key, its type, its default and, below it, its documentation.
 
 run.py puts them together and docs/run-file.md is made from them. No torch here.
 """
@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from preceptor.config.durations import Duration
 
@@ -51,6 +62,19 @@ def _short_enough(path: str) -> str:
 
 
 Path_ = Annotated[str, Field(min_length=1), AfterValidator(_expanded), AfterValidator(_short_enough)]
+
+
+def one_of(kinds: str) -> WrapValidator:
+    """Of a key that takes values of several kinds: one message, in place of one for each kind as if it were a key."""
+
+    def validated(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {kinds}") from None
+
+    return WrapValidator(validated)
+
 
 # What an example may be made of; data/formats/rows.py says which of them make a format.
 ROW_KEYS = """messages conversations prompt completion response instruction input output question answer text
@@ -125,7 +149,8 @@ class Source(Section):
     code: Path_ | None = None
     """`FILE.py:FUNCTION` that makes a known record of each one of the file, or None to leave it out: docs/python.md."""
     nulls: Literal["reject", "drop", "keep"] = "reject"
-    """A null in tools or tool calls from Parquet or Arrow that may be meant or padding; sure padding is dropped."""
+    """What to do with a null in tools or tool calls that may be a real value or Arrow padding: `reject` the example,
+    `drop` or `keep` the null (of JSON files `reject` keeps it). What is surely padding is always dropped."""
 
     @field_validator("columns")
     @classmethod
@@ -170,7 +195,8 @@ class Data(Section):
     window: Annotated[int, Field(ge=1, le=10**7)] = 10_000
     """With `streaming`: examples that are shuffled and packed together; of each source a share by its `weight`."""
     share_prefixes: bool = False
-    """Compute what conversations begin with once: equal prompts, or 64 tokens. Same gradient. Not with NEFTune."""
+    """Conversations that start with the same prompt, or with at least 64 equal tokens, share that prefix; it is
+    computed once. Same gradient; not with NEFTune."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of rejected examples above which the run stops before any model is loaded."""
     allow_rejected: list[str] = []
@@ -215,7 +241,8 @@ class Optimizer(Section):
     name: Literal["adamw", "adamw_8bit", "muon", "adafactor", "sgd"] = "adamw"
     """What turns gradients into updates. docs/optimizers.md: what each is, its bytes per parameter, a comparison."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak. Absent: 2e-5 (of an adapter 2e-4), sgd 2e-2 (2e-1), adafactor 1e-3 (1e-2), times each weight's size."""
+    """Peak learning rate. Default, full / adapter: 2e-5 / 2e-4; sgd 2e-2 / 2e-1; adafactor 1e-3 / 1e-2, relative to
+    the RMS of each weight."""
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Learning rates of some parameters as a factor of it, by name: `{"*.embed_tokens": 0.1, "*lora_B*": 16}`."""
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -233,7 +260,8 @@ class Optimizer(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of muon and sgd: decay of the mean of the gradient. Absent: 0.95 (muon), 0.9 (sgd)."""
     rounding: Literal["exact", "stochastic", "nearest"] | None = None
-    """Of trained bfloat16 weights. `exact` (absent): their other 16 bits are kept; `nearest` loses small updates."""
+    """How updates reach bfloat16 weights. `exact` (default): the low 16 bits are kept as state, as with float32 master
+    weights; `stochastic`: rounded at random; `nearest`: small updates are lost."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient of a step is scaled down to this norm."""
     offload: bool = False
@@ -246,7 +274,8 @@ class Loss(Section):
     code: Path_ | None = None
     """`FILE.py:FUNCTION` instead of `type`: losses of tokens from log-probabilities and weights (docs/python.md)."""
     reduction: Literal["token", "conversation"] = "token"
-    """The loss of a step is the mean over its trained tokens, or over its conversations of the mean of their tokens."""
+    """`token`: mean over all trained tokens of the step. `conversation`: each conversation's own mean, then the mean
+    of these."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each target's probability that is spread evenly over the vocabulary. 0: none."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
@@ -258,10 +287,13 @@ class Loss(Section):
 
 
 class Memory(Section):
-    activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=1)] = "none"
+    activation_checkpointing: Annotated[
+        Literal["none", "all"] | Annotated[int, Field(ge=1)], one_of("`none`, `all`, or a number of layers from 1 on")
+    ] = "none"
     """Layers that keep only their input for backward and run again there: none, all, or the first so many."""
     context_gradient: Literal["full", "recompute", "detach"] = "full"
-    """`recompute`: contexts run again in backward, same gradient; `detach`: constants to the gradient (TokenTune)."""
+    """`recompute`: contexts run again in backward, same gradient. `detach` (TokenTune): no gradient flows into context
+    tokens; less memory, a biased gradient."""
 
 
 class Parallel(Section):

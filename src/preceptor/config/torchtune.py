@@ -9,6 +9,7 @@ from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES, table
 from preceptor.errors import short
 
+_DEPTH, _LONGEST = 5, 1000  # of `${key}` within the value of another key
 _MODULES = {"output_proj": "o_proj"}
 _OF_MLP = ["gate_proj", "up_proj", "down_proj"]
 _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
@@ -60,7 +61,10 @@ def _filled(value: Any, root: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return [_filled(inner, root) for inner in value]
     if isinstance(value, str):
-        return re.sub(r"\$\{(\w+)\}", lambda match: str(root.get(match[1], match[0])), value)
+        for _ in range(_DEPTH):
+            if len(value) > _LONGEST:
+                break
+            value = re.sub(r"\$\{(\w+)\}", lambda match: str(root.get(match[1], match[0])), value)
     return value
 
 
@@ -139,8 +143,16 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
             found.unread.append("dataset_val: not evaluated there without run_val_every_n_steps: nothing to set")
             return
         named = [_source(dict(one), found, key == "train_dataset") for one in each if isinstance(one, Mapping)]
-        if entries := [entry for entry in named if entry is not None]:
+        entries = [entry for entry in named if entry is not None]
+        prompts = [entry.pop("train_on_input") for entry in entries]
+        if entries:
             found.settings[key] = entries
+        if key == "train_dataset" and any(prompts):
+            if all(prompts):
+                found.settings["train_on_inputs"] = True
+            else:
+                also = ", ".join(short(entry["path"]) for entry, own in zip(entries, prompts, strict=True) if own)
+                found.unread.append(f"train_on_input: of {also} alone; here data.train_on holds for every data set")
 
 
 def _source(data: dict[str, Any], found: PeerFile, is_trained: bool) -> dict[str, Any] | None:
@@ -148,15 +160,18 @@ def _source(data: dict[str, Any], found: PeerFile, is_trained: bool) -> dict[str
     data.pop("_component_", None)
     if data.pop("packed", False) and is_trained:
         found.settings["packing"] = True
-    # its Alpaca data sets train the prompt unless they are told not to
-    if data.pop("train_on_input", name in _DATA) and is_trained:
-        found.settings["train_on_inputs"] = True
+    prompt = bool(data.pop("train_on_input", name in _DATA))  # its Alpaca data sets do unless they are told not to
     source = data.pop("source", None) or _DATA.get(str(name))
     files = data.get("data_files")
     if source is None and files is None:
         found.unread.append(f"dataset: {name}: which data that is, is part of torchtune: name its file or Hub id")
         return None
-    entry = {"path": source, "split": data.pop("split", "train"), "name": data.pop("name", None)}
+    entry = {
+        "path": source,
+        "split": data.pop("split", "train"),
+        "name": data.pop("name", None),
+        "train_on_input": prompt,
+    }
     if "column" in data:  # of texts
         entry |= {"type": "completion", "text_column": data.pop("column")}
     if files is not None:

@@ -21,7 +21,7 @@ def flattened(file: PeerFile) -> PeerFile:
     if not isinstance(length, int):
         found.unread.append(f"max_seq_length: {short(length)} is no number of tokens: set data.max_length")
         length = 2048
-    _model(loaded, adapted is not None, found)
+    _model(loaded, adapted is not None or bool(found.settings.get("use_peft")), found)
     _length(length, found)
     if adapted is not None:
         _adapter(adapted, found)
@@ -41,11 +41,12 @@ def _model(loaded: dict[str, Any], is_adapted: bool, found: PeerFile) -> None:
         )
     if name:
         found.settings["model_name_or_path"] = name
-    otherwise = [loaded.pop("full_finetuning", False), loaded.pop("load_in_16bit", False), loaded.get("load_in_8bit")]
+    whole, wide = loaded.pop("full_finetuning", False), loaded.pop("float32_mixed_precision", False)
+    otherwise = [whole, loaded.pop("load_in_16bit", False), loaded.get("load_in_8bit")]
     otherwise += [sentence.startswith("load_in_4bit:") for sentence in found.unread]
     quantized = {key: loaded.pop(key, default and not any(otherwise)) for key, default in _LOADED_AS.items()}
     found.settings |= {key: True for key, value in quantized.items() if value and is_adapted}
-    if loaded.pop("dtype", None) is None and is_adapted:  # detected there: the type of the frozen weights
+    if loaded.pop("dtype", None) is None and (is_adapted or (whole and not wide)):  # detected there
         loaded["dtype"] = "bfloat16"
     found.settings["gradient_checkpointing"] = bool(loaded.pop("use_gradient_checkpointing", True))
     for key, value in loaded.items():

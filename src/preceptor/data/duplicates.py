@@ -207,7 +207,7 @@ def _said(example: Example) -> Iterator[str]:
 
 
 def signature_of(text: str) -> np.ndarray:
-    """K values, each the 16 low bits of the least hash that one of K functions gives to a sequence of words."""
+    """K values, each 16 bits of the least hash that one of K functions gives to a sequence of words."""
     words = _WORD.findall(text.lower()) or [text.strip()]
     word_hashes = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
     num_sequences = max(1, len(words) - _WORDS + 1)
@@ -219,7 +219,8 @@ def signature_of(text: str) -> np.ndarray:
     for start in range(0, num_sequences, _PIECE_SEQUENCES):
         hashes_WK = sequences_W[start : start + _PIECE_SEQUENCES, None] * _FACTOR_K + _OFFSET_K
         np.minimum(least_K, hashes_WK.min(axis=0), out=least_K)
-    return (least_K & np.uint64(0xFFFF)).astype(np.uint16)
+    # without mixing, they depend on the 16 low bits of the sequence alone: short examples agree in all K or in none
+    return (_mixed(least_K) & np.uint64(0xFFFF)).astype(np.uint16)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

@@ -112,13 +112,17 @@ def exact_share(hit_I: np.ndarray) -> Bounds:
 
 
 def exact_difference(change_I: np.ndarray) -> Bounds:
-    """The exact interval of the mean of items that are -1, 0 or 1, given how many are not 0."""
+    """The exact interval of the mean of items that are -1, 0 or 1, given how many are not 0.
+
+    Items between these are means over several trainings: the interval of the share of gains, times the mean size.
+    """
     gained, changed = int((change_I > 0).sum()), int((change_I != 0).sum())
     if changed == 0:
         most = 1 - ((1 - LEVEL) / 2) ** (1 / len(change_I))
         return -most, most
     low, high = _clopper_pearson(gained, changed)
-    return (2 * low - 1) * changed / len(change_I), (2 * high - 1) * changed / len(change_I)
+    size = float(np.abs(change_I).sum()) / len(change_I)
+    return (2 * low - 1) * size, (2 * high - 1) * size
 
 
 def _clopper_pearson(num_hits: int, num: int) -> Bounds:

@@ -9,7 +9,7 @@ import yaml
 from preceptor.errors import counted
 from preceptor.export.source import ExportSource
 from preceptor.report.comparison import read_comparison
-from preceptor.report.run_record import RunRecord
+from preceptor.report.run_record import RunRecord, in_figures
 
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,9 +89,10 @@ def _evaluation(run: RunRecord) -> list[str]:
     found = []
     if losses := [line["loss"] for line in run.held_out_of_model]:
         first, last = losses[0], losses[-1]
-        found.append(f"- held-out loss {first:.3f} before training, {last:.3f} after (nats per trained token)")
+        course = f"{in_figures(first, '.3f')} before training, {in_figures(last, '.3f')} after"
+        found.append(f"- held-out loss {course} (nats per trained token)")
     for task in next((line.get("tasks") or () for line in reversed(run.of_model(run.evaluations))), ()):
-        figures = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in task["figures"].items())
+        figures = ", ".join(f"{name} {in_figures(figure['value'], '.3f')}" for name, figure in task["figures"].items())
         found.append(f"- {task['task'].rpartition('/')[2]}: {figures}")
     if comparison := read_comparison(run.compare):
         for label, (metric, base, tuned, difference, num) in comparison.rows:

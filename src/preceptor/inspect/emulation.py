@@ -1,11 +1,12 @@
 """What the emulations of other trainers share: tokens with their marks, a tokenizer, a chat template, settings."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.data.examples import Completion, Conversation, Example
 
 PeerMessages = Sequence[Mapping[str, Any]]
 _ALPACA = (
@@ -51,9 +52,6 @@ class Emulation(ABC):
     def text_ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
 
-    def document(self, example: Document) -> PeerTokens:
-        return PeerTokens.of(([*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id], True))
-
     def rendered(self, messages: PeerMessages, example: Example | None = None, **options: Any) -> str:
         """With the tools and arguments of the example, if it is a conversation."""
         if isinstance(example, Conversation):
@@ -65,6 +63,15 @@ class Emulation(ABC):
         return self.text_ids(self.rendered(messages, example, **options))
 
 
+def with_eos(tokenizer: Any, eos_token: Any) -> Any:
+    """The tokenizer, or a copy with the eos token that a trainer's file names."""
+    if not eos_token:
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    changed.eos_token = str(eos_token)
+    return changed
+
+
 def messages_of(example: Conversation | Completion) -> list[dict[str, Any]]:
     """The messages as the file holds them; of prompt and completion one of each role."""
     if isinstance(example, Completion):
@@ -72,9 +79,19 @@ def messages_of(example: Conversation | Completion) -> list[dict[str, Any]]:
     return [dict(message.given) for message in example.messages]
 
 
-def is_plain(messages: PeerMessages) -> bool:
-    """Texts alone: no tools, no contents of several parts."""
-    return all(isinstance(each.get("content"), str) and each.get("role") != "tool" for each in messages)
+def read_of(row: Mapping[str, Any], name: str | None = None) -> list[Mapping[str, Any]]:
+    """The messages of a row as the file holds them. name: of their column, where it is another one."""
+    names = [name] if name else ["messages", "conversations"]
+    found: list[Any] = next((row[each] for each in names if isinstance(row.get(each), list)), [])
+    return found if all(isinstance(each, Mapping) for each in found) else []
+
+
+def is_plain(messages: PeerMessages, example: Example) -> bool:
+    """Texts alone: no tools, no calls of them, no contents of several parts."""
+    if isinstance(example, Conversation) and example.tools:
+        return False
+    texts = (isinstance(each.get("content"), str) and not each.get("tool_calls") for each in messages)
+    return all(texts) and all(each.get("role") != "tool" for each in messages)
 
 
 def alpaca_prompt(row: Mapping[str, Any]) -> tuple[str, str] | None:

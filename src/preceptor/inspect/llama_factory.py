@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from preceptor.data.examples import Document, Example
-from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, is_plain, messages_of
+from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, is_plain, messages_of, read_of
 from preceptor.inspect.peer_templates import BOS, EOS, TEMPLATES, PeerTemplate
 
 _NO_THINKING = "detailed thinking off"  # written into the system prompt of data sets with `formatting: openai`
-
+_THINKING = ("detailed thinking on", _NO_THINKING)  # if it has neither
+_KEYS = {name: name for name in ("system", "history", "instruction", "input", "output")}
+_NAMES = {"prompt": "instruction", "query": "input", "response": "output"}
 _Pair = tuple[list[int], list[int]]
 
 
@@ -24,7 +26,7 @@ class LlamaFactory(Emulation):
         super().__init__(settings, tokenizer, template)
         self._name = settings.get("template")
         self._last, self._prompts = bool(settings.get("mask_history")), bool(settings.get("train_on_prompt"))
-        self._thinks = settings.get("enable_thinking", True)
+        self._thinks, self._is_pt = settings.get("enable_thinking", True), settings.get("stage") == "pt"
 
     @cached_property
     def _form(self) -> PeerTemplate | None:
@@ -33,7 +35,20 @@ class LlamaFactory(Emulation):
         default = self.settings.get("default_system")
         return form if form is None or default is None else replace(form, default_system=str(default))
 
+    def _refuses(self) -> str | None:
+        """Why LLaMA-Factory does not take the file."""
+        if self._prompts and (self._last or (self._form is not None and self._form.efficient_eos)):
+            beside = "mask_history" if self._last else f"its template {self._name!r}"
+            return f"LLaMA-Factory refuses train_on_prompt with {beside}"
+        if self._is_pt and (self._prompts or self._last):
+            return "LLaMA-Factory refuses train_on_prompt and mask_history with stage: pt"
+        return None
+
     def what(self) -> str:
+        if refused := self._refuses():
+            return f"nothing: {refused}"
+        if self._is_pt:
+            return "all of each text, with the token that ends it (stage: pt)"
         whose = f"its template {self._name!r}"
         if self._name is None:
             whose = "what it reads off the model's own chat template: the file names no template"
@@ -41,19 +56,19 @@ class LlamaFactory(Emulation):
             whose = f"the model's own chat template, in place of its template {self._name!r}, which is not emulated"
         what = "the last answer (mask_history)" if self._last else "each answer"
         if self._prompts:
-            what = "all prompts and the last answer" if self._last else "all tokens (train_on_prompt)"
+            what = "all tokens (train_on_prompt)"
         more = ""
         if self.settings.get("formatting") == "openai":
             more = f"; of a data set with `formatting: openai` it adds {_NO_THINKING!r} to the system prompt"
         return f"{what}, in {whose}{more}"
 
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
-        if isinstance(example, Document):
-            return self.document(example)
-        if self._prompts and self._form is not None and self._form.efficient_eos:
-            return f"LLaMA-Factory refuses train_on_prompt with its template {self._name!r}"
-        messages = _alpaca_messages(row) or messages_of(example)
-        if not is_plain(messages):
+        if refused := self._refuses():
+            return refused
+        if isinstance(example, Document) or self._is_pt:
+            return self._document(example)
+        messages = self._messages(example, row)
+        if not is_plain(messages, example):
             return "tools and contents of several parts are not emulated for LLaMA-Factory"
         system, turns = "", messages
         if messages[0].get("role") == "system":
@@ -61,7 +76,7 @@ class LlamaFactory(Emulation):
         roles = [message.get("role") for message in turns]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             return "LLaMA-Factory leaves this example out: its turns are not user and assistant by turns"
-        if self.settings.get("formatting") == "openai" and _NO_THINKING not in system:
+        if self.settings.get("formatting") == "openai" and not any(each in system for each in _THINKING):
             system = f"{system}\n{_NO_THINKING}" if system else _NO_THINKING
         if self._form is None:
             given = [{"role": "system", "content": system}, *turns] if system else turns
@@ -69,6 +84,32 @@ class LlamaFactory(Emulation):
         else:
             pairs = self._pairs(self._form, system or self._form.default_system, turns)
         return self._labelled(pairs)
+
+    def _document(self, example: Example) -> PeerTokens | str:
+        """Of `stage: pt`: the text with the end of it, which the tokenizer finds in the text as well."""
+        if not (isinstance(example, Document) and self._is_pt):
+            return "not emulated: LLaMA-Factory trains texts with stage: pt alone, and nothing else with it"
+        end = self.tokenizer.eos_token if self._form is None or self._form.stop is None else self._form.stop
+        if self._form is None or end is None:
+            return f"not emulated: the end of a text with LLaMA-Factory's template {self._name!r}"
+        end = "<|end_of_text|>" if self._name == "llama3" else end
+        starts = getattr(self.tokenizer, "add_bos_token", False) and self.settings.get("packing") is False
+        start = self.tokenizer.bos_token if starts else ""
+        return PeerTokens.of((self.text_ids(f"{start}{example.text}{end}"), True))
+
+    def _messages(self, example: Conversation | Completion, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """As LLaMA-Factory reads the row: the columns that `columns` of its dataset_info.json names.
+
+        Where the entry there is not known, what the row has.
+        """
+        columns = self.settings.get("columns")
+        named = _KEYS if columns is None else {_NAMES.get(part, part): column for part, column in columns.items()}
+        has_pair = {named.get("instruction"), named.get("output")} <= row.keys()
+        if has_pair and self.settings.get("formatting") in (None, "alpaca"):
+            return _alpaca_messages({part: row.get(column) for part, column in named.items()})
+        messages, read = messages_of(example), read_of(row, named.get("messages"))
+        beside = read and len(messages) > len(read)  # a system prompt in a column of its own
+        return messages[1:] if beside and "system" not in named else messages
 
     def _labelled(self, pairs: list[_Pair]) -> PeerTokens:
         """An eos that stands for the end of a turn is the label of the next turn's first token."""
@@ -169,10 +210,8 @@ def _added(short: str, long: str) -> str:
     return added
 
 
-def _alpaca_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _alpaca_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """An Alpaca row as LLaMA-Factory reads it, in no words of Alpaca's."""
-    if "instruction" not in row or "output" not in row:
-        return None
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     asked = "\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
     pairs = [*(row.get("history") or ()), (asked, row["output"])]

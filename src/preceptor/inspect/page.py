@@ -14,14 +14,13 @@ from typing import Any
 from markupsafe import Markup
 
 from preceptor.chat.render import Renderer
-from preceptor.chat.thinking import thinking_lines
 from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
 from preceptor.chat.tokenise import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, leaf_path_lengths
 from preceptor.errors import ConfigError
 from preceptor.files import write_atomically
-from preceptor.inspect.show import numbered, thinking_of, to_json
+from preceptor.inspect.show import FittedExample, notes_of, to_json
 from preceptor.report.skeleton import style_and_script, templates
 
 MAX_EXAMPLES = 100
@@ -45,33 +44,33 @@ def check_page_file(file: Path, as_json: bool) -> None:
 
 
 def write_page(
-    file: Path, records: Iterable[Example | Rejection], renderer: Renderer, about: str, number: int | None
+    file: Path, examples: Iterable[FittedExample], renderer: Renderer, about: str, number: int | None
 ) -> int:
     """Write the page of the first examples, or of example `number` only (counted from 1); returns how many it has.
 
     Without any example nothing is written. Raises CheckpointError if the file cannot be written.
     """
-    page = make_page(records, renderer, about, number)
+    page = make_page(examples, renderer, about, number)
     if page.num_examples:
         write_atomically(file, page.text)
     return page.num_examples
 
 
 def make_page(
-    records: Iterable[Example | Rejection], renderer: Renderer, about: str, number: int | None = None
+    examples: Iterable[FittedExample], renderer: Renderer, about: str, number: int | None = None
 ) -> ExamplesPage:
     """about: a line that says where the examples are from. At most MAX_EXAMPLES, and none after MAX_TOKENS tokens."""
-    examples: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     num_tokens, complete = 0, True
-    for at, record in numbered(records, number):
-        if len(examples) == MAX_EXAMPLES or num_tokens > MAX_TOKENS:
+    for example in examples:
+        if len(shown) == MAX_EXAMPLES or num_tokens > MAX_TOKENS:
             complete = False
             break
-        examples.append(example_json(at, record, renderer))
-        num_tokens += examples[-1]["num_tokens"]
+        shown.append(example_json(example, renderer))
+        num_tokens += shown[-1]["num_tokens"]
     if renderer.template_name is not None:
         about += f"; chat template {renderer.template_name}"
-    return ExamplesPage(_fill(examples, about, _note(len(examples), number, complete)), len(examples))
+    return ExamplesPage(_fill(shown, about, _note(len(shown), number, complete)), len(shown))
 
 
 def _note(num_examples: int, number: int | None, complete: bool) -> str:
@@ -96,14 +95,16 @@ def island(value: Any) -> Markup:
     return Markup(text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}))
 
 
-def example_json(number: int, record: Example | Rejection, renderer: Renderer) -> dict[str, Any]:
+def example_json(example: FittedExample, renderer: Renderer) -> dict[str, Any]:
     """What the page shows of an example: `to_json`, and the pieces of each segment with their fields."""
-    rendered, turns = (record, ()) if isinstance(record, Rejection) else renderer.render_with_turns(record)
-    shown = {"number": number, **to_json(record.source, rendered)}
+    given, rendered = example.given, example.trained
+    shown = {"number": example.number, **to_json(rendered.source, rendered)}
     if isinstance(rendered, Rejection):
-        return {**shown, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(record))}
-    assert not isinstance(record, Rejection)
-    origin = token_origins(record, rendered, turns, renderer.tokenizer)
+        return {**shown, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(given))}
+    assert not isinstance(given, Rejection)
+    whole, turns = renderer.render_with_turns(given)
+    is_piece = isinstance(whole, Rejection) or whole.segments != rendered.segments  # cut by tokens
+    origin = token_origins(given, rendered, () if is_piece else turns, renderer.tokenizer)
     fields: dict[Fields, int] = {}
     specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(shown["segments"]):
@@ -119,7 +120,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": sum(leaf_path_lengths(rendered)) - rendered.num_tokens,  # against a sequence for each path
-        "thinking": thinking_lines(thinking_of(record, rendered, renderer), {}),
+        "notes": notes_of(example, renderer),
         "turns": sorted({own.message for own in rendered.segments if own.message is not None}),
         "fields": table,
     }

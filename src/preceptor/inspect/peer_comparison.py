@@ -16,7 +16,7 @@ from preceptor.chat.tokenise import decode
 from preceptor.config import Source
 from preceptor.console import has_colour, visible
 from preceptor.data.examples import Example, Rejection
-from preceptor.data.prefix_sharing import chains_of
+from preceptor.data.forest import leaf_paths
 from preceptor.data.sources import OpenSource
 from preceptor.errors import first_line
 from preceptor.inspect.emulation import Emulation, PeerTokens
@@ -36,6 +36,7 @@ class BothTokens:
     theirs: PeerTokens | str
     ours: PeerTokens | str
     branches: int = 1  # ways through our tree; `ours` is the last
+    off_path: tuple[tuple[int, ...], ...] = ()  # what is trained on the others alone, in their contexts
 
 
 @dataclass
@@ -69,8 +70,8 @@ def compared(source: Source, rule: Emulation, renderer: Renderer) -> Iterator[Bo
 
 def _both(example: Example | Rejection, row: Mapping[str, Any], rule: Emulation, renderer: Renderer) -> BothTokens:
     if isinstance(example, Rejection):
-        ours = f"rejected: {example.code}: {example.message}"
-        return BothTokens(example.source, "not read here, so not emulated", ours)
+        why = f"rejected: {example.code}: {example.message}"
+        return BothTokens(example.source, "not read here, so not emulated", why)
     tree = renderer.render(example)
     try:
         theirs = rule.tokens(example, row)
@@ -80,10 +81,12 @@ def _both(example: Example | Rejection, row: Mapping[str, Any], rule: Emulation,
         theirs = "cannot be told: the trainer writes a token that this tokenizer has not, such as its end of a text"
     if isinstance(tree, Rejection):
         return BothTokens(example.source, theirs, f"rejected: {tree.code}: {tree.message}")
-    chains = list(chains_of(tree))
+    paths = leaf_paths(tree)
+    pieces = [(segment.ids, segment.kind == "target" and segment.weight > 0) for segment in tree.segments]
+    ours = PeerTokens.of(*(pieces[index] for index in paths[-1]))
     # an answer of an earlier turn that this path reads in another form is trained in its own
-    pieces = [(segment.ids, segment.kind == "target" and segment.weight > 0) for segment in chains[-1].segments]
-    return BothTokens(example.source, theirs, PeerTokens.of(*pieces), len(chains))
+    off_path = tuple(ids for at, (ids, mark) in enumerate(pieces) if mark and at not in paths[-1])
+    return BothTokens(example.source, theirs, ours, len(paths), off_path)
 
 
 def add(counts: BothCounts, both: BothTokens, tokenizer: Any) -> None:
@@ -97,7 +100,10 @@ def add(counts: BothCounts, both: BothTokens, tokenizer: Any) -> None:
         counts.examples_too_long += 1
         return
     counts.theirs += sum(both.theirs.trained)
-    counts.ours += sum(both.ours.trained)
+    elsewhere = sum(map(len, both.off_path))
+    counts.ours += sum(both.ours.trained) + elsewhere
+    counts.only_ours += elsewhere
+    counts.pieces_only_ours.update(decode(list(ids), tokenizer) for ids in both.off_path)
     for own, shared, pieces, name in (
         (both.theirs, {there for there, _ in common}, counts.pieces_only_theirs, "only_theirs"),
         (both.ours, {here for _, here in common}, counts.pieces_only_ours, "only_ours"),
@@ -148,8 +154,7 @@ def print_comparison(rule: Emulation, found: Iterable[BothTokens], tokenizer: An
         if counts.examples < SHOWN:
             table = Table(title=both.source, title_justify="left", expand=True, show_lines=False)
             table.add_column(_heading(peer, both.theirs), ratio=1, overflow="fold")
-            again = f"; the last of {both.branches} paths" if both.branches > 1 else ""
-            table.add_column(_heading("preceptor", both.ours) + again, ratio=1, overflow="fold")
+            table.add_column(_heading("preceptor", both.ours) + _elsewhere(both), ratio=1, overflow="fold")
             table.add_row(*(_shown(own, tokenizer, has_colour(console)) for own in (both.theirs, both.ours)))
             console.print(table)
         add(counts, both, tokenizer)
@@ -159,6 +164,12 @@ def print_comparison(rule: Emulation, found: Iterable[BothTokens], tokenizer: An
 
 def _heading(name: str, own: PeerTokens | str) -> str:
     return name if isinstance(own, str) else f"{name}: {sum(own.trained):,} of {len(own.ids):,} tokens trained"
+
+
+def _elsewhere(both: BothTokens) -> str:
+    if both.branches == 1:
+        return ""
+    return f"; the last of {both.branches} paths, the others train {sum(map(len, both.off_path)):,} more"
 
 
 def _shown(own: PeerTokens | str, tokenizer: Any, coloured: bool) -> Text:
@@ -173,9 +184,10 @@ def _shown(own: PeerTokens | str, tokenizer: Any, coloured: bool) -> Text:
 
 def counts_lines(peer: str, counts: BothCounts) -> Iterator[str]:
     """The counts in words."""
+    of = "the first " * (counts.examples == COUNTED) + f"{counts.examples:,} example{'s' * (counts.examples != 1)}"
     yield (
-        f"{counts.examples:,} example{'s' * (counts.examples != 1)}: {peer} trains {counts.theirs:,} tokens, preceptor "
-        f"{counts.ours:,}; only {peer} {counts.only_theirs:,}, only preceptor {counts.only_ours:,}"
+        f"{of}: {peer} trains {counts.theirs:,} tokens, preceptor {counts.ours:,}; only {peer} "
+        f"{counts.only_theirs:,}, only preceptor {counts.only_ours:,}"
     )
     for name, num in ((peer, counts.examples_not_theirs), ("preceptor", counts.examples_not_ours)):
         if num:

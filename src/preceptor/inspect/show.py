@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -13,6 +13,7 @@ from preceptor.chat.tokenise import pieces_of
 from preceptor.console import has_colour, print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
+from preceptor.data.truncation import Fitter
 
 FIRST_EXAMPLES = 5  # shown without --example
 
@@ -20,26 +21,48 @@ FIRST_EXAMPLES = 5  # shown without --example
 _STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
 
 
+class FittedExample(NamedTuple):
+    """number: of the example in the data, from 1; several have one where it is split. given: what was read, or a part
+    of it. trained: as it is trained, or why it is not. is_shortened: whether `data.overflow` made it another one.
+    """
+
+    number: int
+    given: Example | Rejection
+    trained: Tree | Rejection
+    is_shortened: bool
+
+
+def fitted(records: Iterable[Example | Rejection], fitter: Fitter, number: int | None) -> Iterator[FittedExample]:
+    """The examples as they are trained; only that of `number` where it is given."""
+    for at, read in islice(enumerate(records, start=1), None if number is None else number - 1, number):
+        given = fitter.before_rendering(read)
+        rendered = given if isinstance(given, Rejection) else fitter.renderer.render(given)
+        found = fitter.fit(given, rendered)
+        if isinstance(found, Rejection):
+            yield FittedExample(at, read, found, is_shortened=False)
+        else:
+            yield from (FittedExample(at, example, tree, tree is not rendered) for example, tree in found)
+
+
 def show_examples(
-    records: Iterable[Example | Rejection], renderer: Renderer, number: int | None, as_json: bool, console: Console
+    examples: Iterable[FittedExample], renderer: Renderer, number: int | None, as_json: bool, console: Console
 ) -> int:
-    """Print example `number`, counted from 1, or the first ones, or all as JSON; returns how many."""
+    """Print example `number`, or the first ones, or all as JSON; returns how many."""
     num_shown = 0
-    for _, record in numbered(records, number):
+    for each in examples:
         num_shown += 1
-        rendered = record if isinstance(record, Rejection) else renderer.render(record)
-        thinking = thinking_of(record, rendered, renderer)
+        trained = each.trained
         if as_json:
-            left_out = [] if isinstance(rendered, Rejection) else list(rendered.left_out)
-            print_json({**to_json(record.source, rendered), "thinking": thinking, "left_out": left_out}, indent=None)
+            left_out = [] if isinstance(trained, Rejection) else list(trained.left_out)
+            about = {"thinking": thinking_of(each, renderer), "left_out": left_out}
+            print_json({**to_json(trained.source, trained), **about}, indent=None)
         else:
             if num_shown == 1:
                 console.print(legend(has_colour(console)))
-            console.rule(record.source, align="left")
-            console.print(to_text(rendered, renderer.tokenizer, coloured=has_colour(console)))
-            if not isinstance(rendered, Rejection):
-                missing = [f"the template leaves out the {name}: the model never sees it" for name in rendered.left_out]
-                for line in (summary_line(rendered), *thinking_lines(thinking, {}), *missing):
+            console.rule(trained.source, align="left")
+            console.print(to_text(trained, renderer.tokenizer, coloured=has_colour(console)))
+            if not isinstance(trained, Rejection):
+                for line in (summary_line(trained), *notes_of(each, renderer)):
                     console.print(line, style="italic")
             if number is None and num_shown == FIRST_EXAMPLES:
                 console.print(f"the first {FIRST_EXAMPLES} examples; --example N shows another, --json all")
@@ -47,18 +70,19 @@ def show_examples(
     return num_shown
 
 
-def numbered(records: Iterable[Example | Rejection], number: int | None) -> Iterator[tuple[int, Example | Rejection]]:
-    """The records with their numbers from 1; only that of `number` where it is given."""
-    return islice(enumerate(records, start=1), None if number is None else number - 1, number)
+def notes_of(example: FittedExample, renderer: Renderer) -> list[str]:
+    """What the tokens do not show: settings of the thinking switch, what is left out, whether it was too long."""
+    names = () if isinstance(example.trained, Rejection) else example.trained.left_out
+    missing = [f"the template leaves out the {name}: the model never sees it" for name in names]
+    shortened = ["it was too long: this is what data.overflow makes of it"] * example.is_shortened
+    return [*thinking_lines(thinking_of(example, renderer), {}), *missing, *shortened]
 
 
-def thinking_of(
-    record: Example | Rejection, rendered: Tree | Rejection, renderer: Renderer
-) -> Sequence[Mapping[str, Any]]:
+def thinking_of(example: FittedExample, renderer: Renderer) -> Sequence[Mapping[str, Any]]:
     """The turns of one example by the template's thinking switch: `TrainedCounts.thinking`."""
     counts = renderer.new_counts()
-    if not isinstance(record, Rejection) and not isinstance(rendered, Rejection):
-        counts.add(record, rendered)
+    if not isinstance(example.given, Rejection) and not isinstance(example.trained, Rejection):
+        counts.add(example.given, example.trained)
     return counts.thinking()
 
 

@@ -54,7 +54,9 @@ _WAYS: dict[Method, tuple[dict[str, Any], ...]] = {
 
 @dataclass(frozen=True)
 class DataLengths:
-    """What the rendered examples have. num_examples: of all the data, where the files tell."""
+    """What the rendered examples have. num_examples: of all the data, where the files tell. num_added: tokens that the
+    chat template needs and the model's tokenizer has not.
+    """
 
     lengths: list[int]
     num_examples: float
@@ -64,6 +66,8 @@ class DataLengths:
     rejections: RejectionCounts
     num_read: int = 0
     share_trained: float = 1.0
+    num_added: int = 0
+    template_is_given: bool = False
 
     def sequences(self, max_length: int) -> int:
         """Sequences of an epoch; exact where the sample is whole and nothing of it is held out."""
@@ -104,7 +108,10 @@ def read_lengths(run: config.Run) -> DataLengths:
     if not lengths:
         raise DataError(f"no example can be trained:\n{counts}")
     template = None if chat.template is None else run.data.chat_template or chat.template.name
-    return DataLengths(lengths, num_examples, whole, template, chat.num_positions, counts, num_read)
+    return DataLengths(
+        lengths, num_examples, whole, template, chat.num_positions, counts, num_read,
+        num_added=len(chat.added), template_is_given=run.data.chat_template is not None,
+    )  # fmt: skip
 
 
 def _chat_format(run: config.Run, sources: Sequence[OpenSource]) -> ChatFormat:
@@ -240,9 +247,7 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
         yield "  #   - path: heldout.jsonl"
         yield _line("  # eval_size: 0.1", "or hold a share of these examples out")
     if data.chat_template is not None:
-        known = {"tokenizer": "the model's own", "chatml": "the model has none; adds two tokens, which are trained"}
-        comment = known.get(data.chat_template, "as given")
-        yield _line(f"  chat_template: {one_line_yaml(data.chat_template)}", comment)
+        yield _line(f"  chat_template: {one_line_yaml(data.chat_template)}", _of_template(data))
     of = "the" if data.whole else "the first"
     longest = f"the longest of {of} {len(data.lengths):,} examples has {max(data.lengths):,}"
     yield _line(f"  max_length: {run.data.max_length}", f"tokens per packed sequence; {longest}")
@@ -266,6 +271,16 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
         yield "  kind: lora"
         yield f"  rank: {run.adapter.rank}"
     yield f"out: {one_line_yaml(run.out)}"
+
+
+def _of_template(data: DataLengths) -> str:
+    if data.chat_template == "tokenizer":
+        return "the model's own"
+    whose = "as given" if data.template_is_given else "the model has none"
+    if not data.num_added:
+        return whose if data.template_is_given else f"{whose}, but its vocabulary has the tokens of this one"
+    num = {1: "a token", 2: "two tokens"}.get(data.num_added, f"{data.num_added} tokens")
+    return f"{whose}; adds {num}, which {'is' if data.num_added == 1 else 'are'} trained"
 
 
 def rejected_line(data: DataLengths) -> str:

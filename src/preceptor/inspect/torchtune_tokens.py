@@ -8,6 +8,11 @@ from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, alp
 
 _Pieces = list[tuple[list[int], bool]]  # pieces, and whether they are trained
 _OF_LLAMA_3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
+_AROUND_TEXTS = {
+    "llama3": (["<|begin_of_text|>"], ["<|end_of_text|>"]),
+    **dict.fromkeys(("qwen2", "qwen2_5"), ([], ["<|im_end|>"])),
+}
+_OF_SENTENCEPIECE = ("gemma", "mistral", "llama2")  # whose bos and eos are the tokenizer's
 _OF_QWEN = ("<|im_start|>", "<|im_end|>")
 _OF_PHI_3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _OF_PHI_4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
@@ -25,6 +30,7 @@ class Torchtune(Emulation):
         named, data = file.get("tokenizer") or {}, file.get("dataset") or {}
         self._named = str(named.get("_component_", "")).rpartition(".")[2].removesuffix("_tokenizer")
         self._is_alpaca = "alpaca" in str(data.get("_component_", ""))
+        self._ends = data.get("add_eos", True)
         self._own_prompt, self._system = named.get("prompt_template"), data.get("new_system_prompt")
         forms: dict[str, tuple[Sequence[str], Callable[[PeerMessages], _Pieces]]] = {
             "llama3": (_OF_LLAMA_3, self._llama3),
@@ -49,29 +55,46 @@ class Torchtune(Emulation):
 
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
         if isinstance(example, Document):
-            return self.document(example)
+            return self._document(example)
         if self._own_prompt:
             return "a prompt_template of torchtune's is not emulated"
         pair = alpaca_prompt(row) if self._is_alpaca else None
         messages = messages_of(example)
         if pair is not None:
             messages = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        if not is_plain(messages):
+        if not is_plain(messages, example):
             return "tools and contents of several parts are not emulated for torchtune"
         if wrong := _refused(messages):
             return f"torchtune refuses this example: {wrong}"
         if self._form is None:
             return self._rendered(messages, example)
-        special, form = self._form
-        vocabulary = self.tokenizer.get_vocab()
-        if lacking := [token for token in special if token not in vocabulary]:
-            return f"this tokenizer has no {', '.join(lacking)}, which torchtune's {self._named}_tokenizer writes"
+        if lacking := self._lacking():
+            return lacking
         if self._system is not None:
             rest = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": str(self._system)}, *rest]
         if self._named == "mistral" and messages[0]["role"] == "system":
             return "torchtune refuses this example: its Mistral template has no system message"
-        return PeerTokens.of(*form(messages))
+        return PeerTokens.of(*self._form[1](messages))
+
+    def _document(self, example: Document) -> PeerTokens | str:
+        """The text between the two tokens of its tokenizer; without add_eos without the last."""
+        if lacking := self._lacking():
+            return lacking
+        begin, end = [self.tokenizer.bos_token_id], [self.tokenizer.eos_token_id]
+        if self._named in _AROUND_TEXTS:
+            begin, end = (self._ids(*tokens) for tokens in _AROUND_TEXTS[self._named])
+        elif self._named not in _OF_SENTENCEPIECE:
+            return f"not emulated: texts in the form of torchtune's {self._named or 'unnamed'} tokenizer"
+        ids = [*begin, *self.text_ids(example.text), *(end if self._ends else [])]
+        return PeerTokens.of((ids, True))
+
+    def _lacking(self) -> str | None:
+        vocabulary = self.tokenizer.get_vocab()
+        lacking = [token for token in (self._form[0] if self._form else ()) if token not in vocabulary]
+        if not lacking:
+            return None
+        return f"this tokenizer has no {', '.join(lacking)}, which torchtune's {self._named}_tokenizer writes"
 
     def _trains(self, message: Mapping[str, Any]) -> bool:
         if message["role"] == "system" and self._system is not None:

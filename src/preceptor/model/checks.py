@@ -6,6 +6,7 @@ Legend: T tokens, D hidden size, N tokens with logits, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.errors import ModelError, first_line, is_out_of_memory
 from preceptor.model.activations.inputs import SequenceInputs, phases
+from preceptor.model.activations.modules import fused_trial, fusible
 from preceptor.model.activations.passes import decode_phases, decode_whole
 from preceptor.model.attention.cuda import replaceable_kernels
 from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.forward import Engine
-from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy, output_head
 from preceptor.model.numerics import FAILURES, random_bits, random_key, require_close, rounding
 from preceptor.model.optimisations import install, probe_sequence
-from preceptor.model.options import ActivationPolicy
-from preceptor.model.parts import causal_lm, decoder_of, evaluating, exact_routing, has_dropout, model_type, path_mixers
+from preceptor.model.options import ActivationPolicy, LossOptions
+from preceptor.model.parts import (
+    causal_lm,
+    decoder_of,
+    device_of,
+    evaluating,
+    exact_routing,
+    has_dropout,
+    model_type,
+    path_mixers,
+)
 
 _PROBE_TOKENS = 24
 _MIXING = (
@@ -286,6 +297,41 @@ def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dt
     differs = f"{model_type(model)}: loss or gradient of compiled layers is another one"
     for own, expected, root in zip(found, true, _ROOTS, strict=True):
         require_close(own, expected, differs, _NOT_COMPILED, bound=rounding(dtype) ** root)
+
+
+def check_fused(model: nn.Module, options: LossOptions, dtype: torch.dtype) -> None:
+    """Raises ModelError where a norm, a gated unit or the loss gives something else compiled, or cannot be compiled.
+
+    By itself and on random numbers: of the types of the weights and `dtype`, in which the model computes. The rounding
+    of a whole model could send tokens to other experts.
+    """
+    device = device_of(model)
+
+    def loss(dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(0)
+        given = [
+            torch.randn(size, 64, generator=generator, device=device).to(dtype).requires_grad_() for size in (7, 99)
+        ]
+        places = torch.arange(6, device=device), torch.arange(6, device=device), torch.ones(6, device=device)
+        found = linear_cross_entropy(given[0], Head(given[1]), *places, options=options, compiled=fused)
+        return found.detach(), *torch.autograd.grad(found, given)
+
+    trials = [("loss", loss)] + [
+        (type(module).__name__, partial(fused_trial, module, device)) for module in fusible(decoder_of(model))
+    ]
+    for name, trial in trials:
+        for each in {dtype, causal_lm(model).dtype}:
+            true = trial(each, fused=False)
+            try:
+                found = trial(each, fused=True)
+            except FAILURES as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"{name}: torch.compile failed ({type(error).__name__}: {first_line(error)})"
+                ) from error
+            for own, expected in zip(found, true, strict=True):
+                require_close(own, expected, f"{name}: compiled in {each}, it gives something else", "", dtype=each)
 
 
 def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,36 @@ def resize_embeddings(
     head = model.get_output_embeddings()
     if len(trained) > 1 and head.bias is not None:
         _first_values(head.bias[:, None], old_rows, described, trained[1], generator)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of some tokens, and the number of all rows, before `resize_embeddings` changed them.
+
+    values: of the embedding; where the head is not tied to it, of the head and of its bias.
+    """
+
+    ids: list[int]
+    num_rows: int
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, ids: Collection[int]) -> "TokenRows":
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        found = sorted(id_ for id_ in ids if id_ < num_rows)
+        return cls(found, num_rows, [tensor.detach()[found].clone() for tensor in _with_bias(model)])
+
+    @torch.no_grad()
+    def put_back(self, model: PreTrainedModel) -> None:
+        if model.get_input_embeddings().weight.shape[0] != self.num_rows:
+            model.resize_token_embeddings(self.num_rows, mean_resizing=False)
+        for tensor, rows in zip(_with_bias(model), self.values, strict=True):
+            tensor[self.ids] = rows.to(tensor.device)
+
+
+def _with_bias(model: PreTrainedModel) -> list[Tensor]:
+    tables, head = _tables(model), model.get_output_embeddings()
+    return [*tables, *([head.bias] if len(tables) > 1 and head.bias is not None else [])]
 
 
 def describe(token: str) -> str:

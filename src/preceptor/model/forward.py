@@ -93,7 +93,7 @@ class Engine(nn.Module):
                 else None,
                 head_cast=step.head_cast if "head_gradient" in self.state.optimisations else None,
                 gradient_is_one=in_place,
-                compiled=self.state.compiles and has_graph,
+                compiled=(self.state.compiles or self.state.fused) and has_graph,
             )
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)

@@ -7,10 +7,11 @@ its weights is read as of any other, and as it was when the program gave it.
 import copy
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import CheckpointError, ConfigError, ModelError
+from preceptor.model.embeddings import TokenRows
 from preceptor.model.load import make_ready
 from preceptor.model.optimisations import remove
 
+_unfinished: "weakref.WeakValueDictionary[int, HeldModel]" = weakref.WeakValueDictionary()
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -34,6 +37,7 @@ class HeldModel:
 
     built: what training has made of it, with the tokens that its base never saw; None before. It is the same model,
     or the adapter around it. base: the `ReferenceModel` that was taken of it then. has_steps: whether it was trained.
+    unfinished: the folder of a run that has trained it and has not ended.
     record: its configuration and weights as hashes. trainable: names of the parameters that required gradients when the
     model was taken; trained: when it was built.
     """
@@ -41,13 +45,16 @@ class HeldModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         """Raises ConfigError and ModelError for what cannot be trained as it is."""
         _require_trainable(model)
+        _require_known_code(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.built: tuple[Any, list[int]] | None = None
         self.base: Any = None
         self.has_steps = False
+        self.unfinished: Path | None = None
         self.record: dict[str, Any] | None = None
         self.trainable: set[str] | None = None
         self.trained: set[str] = set()
+        self._before: _BeforeTraining | None = None
         self.folder = Path(tempfile.mkdtemp(prefix="preceptor-live-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         model.config.save_pretrained(self.folder)
@@ -56,6 +63,15 @@ class HeldModel:
             text = json.dumps(generation.to_diff_dict(), default=str)
             (self.folder / "generation_config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(self.folder)
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, out: str | Path | None) -> "HeldModel":
+        """As the constructor; but the one that an unfinished run in `out` trains, while this program has that run."""
+        known = _unfinished.get(id(model))
+        same = known is not None and known.model is model and known.tokenizer is tokenizer and out is not None
+        if known is not None and same and known.unfinished == Path(os.path.realpath(str(out))):
+            return known
+        return cls(model, tokenizer)
 
     @property
     def name(self) -> str:
@@ -75,6 +91,7 @@ class HeldModel:
             self.record = content_of(self.model)
         moved = self.model.device.type != device.type
         remove(self.model)  # what a single step outside this run may have installed
+        self._before = _BeforeTraining(self.model, self.tokenizer)
         make_ready(self.model)
         self.model.to(device).eval()
         self.trainable = _trainable(self.model)
@@ -82,6 +99,11 @@ class HeldModel:
             self.model.requires_grad_(True)  # as an adapter that was merged leaves them
         _align(self.tokenizer, chat_tokenizer)
         return self.model, moved
+
+    def keep_rows(self, ids: Collection[int]) -> None:
+        """Keep the rows of tokens that are about to get first values."""
+        assert self._before is not None
+        self._before.rows = TokenRows.of(self.model, ids)
 
     def keep(self, model: Any, untrained: list[int]) -> None:
         """Keep what training has made of the model."""
@@ -92,6 +114,12 @@ class HeldModel:
         assert self.built is not None
         _require_gradients(self.built[0], self.trained)
         return self.built
+
+    def ends_at(self, step: int, unfinished: Path | None) -> None:
+        """A session has ended after a step. unfinished: as above."""
+        self.has_steps = step > 0
+        self.unfinished = unfinished if step > 0 else None
+        _unfinished[id(self.model)] = self
 
     def require_steps_saved(self, step: int) -> None:
         """Raises CheckpointError where a run would begin with weights that it has trained already."""
@@ -104,8 +132,8 @@ class HeldModel:
     def release(self) -> None:
         """Leave the model to the program: as plain transformers or peft runs it, in evaluation mode.
 
-        An adapter that no step has trained is taken away again. Without one, the parameters require gradients that did
-        when the model was taken.
+        Where no step was taken, model and tokenizer are as they were when the model was taken, but for its device: a
+        second try finds what the first one found. Without an adapter, the parameters require gradients that did then.
         """
         if self.built is not None:
             model = self.built[0]
@@ -116,9 +144,30 @@ class HeldModel:
                 for module in model.modules():  # of which peft would leave the copy
                     if isinstance(module, ModulesToSaveWrapper):
                         module.modules_to_save["default"] = module.original_module
-                self.model, self.built, self.base = model.unload(), None, None
+                self.model = model.unload()
+        if self._before is not None and not self.has_steps:
+            self._before.put_back()
+            self.built, self.base, self._before = None, None, None
         if self.trainable is not None:
             _require_gradients(self.model, self.trainable)
+
+
+class _BeforeTraining:
+    """What a run changes of a model and its tokenizer before the first step. rows: None until they are changed."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        holders = (model.config, model.config.get_text_config(decoder=True), model.generation_config)
+        self._model, self._tokenizer = model, tokenizer
+        self._settings = [(holder, dict(vars(holder))) for holder in holders if holder is not None]
+        self._tokenizers_own = vars(copy.deepcopy(tokenizer))
+        self.rows: TokenRows | None = None
+
+    def put_back(self) -> None:
+        if self.rows is not None:
+            self.rows.put_back(self._model)
+        for holder, own in [*self._settings, (self._tokenizer, self._tokenizers_own)]:
+            vars(holder).clear()
+            vars(holder).update(own)
 
 
 def _trainable(model: nn.Module) -> set[str]:
@@ -167,7 +216,8 @@ def _require_trainable(model: Any) -> None:
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in modules):
         raise ConfigError(
             "model: carries an adapter already. Give the base model, and `adapter={...}` for a new one; or merge the "
-            "adapter first: model = model.merge_and_unload()"
+            "adapter first: model = model.merge_and_unload(). If it is of a run that was stopped: call train() of the "
+            "Run that you have, or load the model again"
         )
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
@@ -190,6 +240,17 @@ def _require_trainable(model: Any) -> None:
             "model: gradient checkpointing is on; call model.gradient_checkpointing_disable() and set "
             "memory={'activation_checkpointing': 'all'}"
         )
+
+
+def _require_known_code(model: Any, tokenizer: Any) -> None:
+    """Raises ConfigError for a class that came with the files of a model: it is read from a folder without them."""
+    for each in (model, model.config, tokenizer):
+        if type(each).__module__.partition(".")[0] == "transformers_modules":
+            place = model.name_or_path or "FOLDER"
+            raise ConfigError(
+                f"model: {type(each).__name__} is Python code that comes with the model, which is not trained live. "
+                f"Give its path: model={{'path': {place!r}, 'trust_remote_code': True}}"
+            )
 
 
 def _align(tokenizer: Any, trained: Any) -> None:

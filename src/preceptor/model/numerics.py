@@ -97,9 +97,15 @@ def random_key(*parts: object) -> int:
     return zlib.crc32(repr(parts).encode()) - (1 << 31)
 
 
-def random_bits(key: int, first: int, num: int, device: torch.device) -> Tensor:
-    """int32 (num,): of the elements first, first + 1, ...: a hash of place and key (the finalizer of MurmurHash3)."""
-    bits = torch.arange(first, first + num, dtype=torch.int64, device=device).to(torch.int32)
+def random_bits(key: int | Tensor, first: int | Tensor, num: int, device: torch.device) -> Tensor:
+    """int32 (num,): of the elements first, first + 1, ...: a hash of place and key (the finalizer of MurmurHash3).
+
+    key, first: tensors of one element where this is compiled, so that one graph serves all.
+    """
+    start = 0 if isinstance(first, Tensor) else first
+    bits = torch.arange(start, start + num, dtype=torch.int64, device=device).to(torch.int32)
+    if isinstance(first, Tensor):
+        bits.add_(first.to(torch.int32))
     bits.mul_(-1640531535).bitwise_xor_(key)
     for shift, factor in ((16, -2048144789), (13, -1028477387)):
         bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)

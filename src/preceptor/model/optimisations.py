@@ -4,7 +4,7 @@ They are installed once, on the model's own modules (activations/passes.py), and
 generation and saving meet the model as its authors wrote it. Within decoder layers there is one mechanism, never two:
 
     compiled    torch.compile makes a few kernels of a layer, attention aside (compiled.py)
-    efficient   norms, gated units and linear layers that keep less
+    efficient   norms, gated units and linear layers that keep less; on a GPU the formulas of the former are compiled
     auto        compiled on a GPU where nothing speaks against it, else efficient
     plain       no optimisation at all, there or elsewhere; the losses are the same
 """
@@ -32,7 +32,7 @@ from preceptor.model.activations.modules import (
 )
 from preceptor.model.activations.passes import ModelState, adopt, decode_whole, release
 from preceptor.model.attention.cuda import with_kernels_that_run
-from preceptor.model.compiled import why_not
+from preceptor.model.compiled import no_compiler, why_not
 from preceptor.model.numerics import FAILURES, relative_error, rounding
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating, path_mixers
 from preceptor.model.routers import unwatch_routers
@@ -45,16 +45,19 @@ class Optimisation:
     """find: the modules of a model that it changes, with the settings of each; a module is tried before it is one.
 
     mixin: the class whose `forward` comes before a module's own; None: the engine itself asks for the name.
-    within: in which of two modes it changes layers; None: it is outside of them, and on in both.
+    within: in which of two modes it changes layers; None: it is outside of them, and on in both. on: for which devices.
     """
 
     name: str
     mixin: type[nn.Module] | None = None
     find: Callable[[nn.Module], dict[nn.Module, Any]] = lambda model: {}
     within: Literal["compiled", "efficient"] | None = None
+    on: Callable[[torch.device], bool] = lambda device: True
 
     def install(self, model: nn.Module, state: ModelState) -> None:
         """Put it into the model where it applies to anything, and on the list of what is on."""
+        if not self.on(device_of(model)):
+            return
         if self.mixin is not None:
             found = self.find(model)
             if not found:
@@ -189,6 +192,7 @@ OPTIMISATIONS = (
     Optimisation("compile", within="compiled"),  # decoder layers and loss, by torch.compile
     Optimisation("norms", EfficientNorm, _norms, within="efficient"),  # which keep their input alone
     Optimisation("glu", EfficientGLU, _gated_units, within="efficient"),  # which do not keep the gate's activation
+    Optimisation("fused", within="efficient", on=lambda device: no_compiler(device) is None),  # both, and the loss
     Optimisation("linear", SharedCastLinear, _linear_layers, within="efficient"),  # layers share half-precision copies
     Optimisation("adapters", FusedAdapter, _adapters),  # added to their layer's product in place
     Optimisation("embedding_gradient", AccumulatingEmbedding, _embedding),  # in place

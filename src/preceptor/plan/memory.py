@@ -25,8 +25,8 @@ FLOAT32, HALF = 4, 2  # bytes of an element
 LOW = 2  # bytes below a bfloat16 weight that `optimizer.rounding: exact` keeps
 BLOCK = 128  # elements of a row with one scale, in states of 8 bits
 
-_RULE_BYTES = {"adamw": 0, "adamw_8bit": 37, "muon": 8, "adafactor": 4, "sgd": 4}
-_ROUNDING_BYTES = {None: 0, "nearest": 0, "stochastic": 12, "exact": 10}
+_RULE_BYTES = {"adamw": 0, "adamw_8bit": 38, "muon": 8, "adafactor": 4, "sgd": 4}
+_ROUNDING_BYTES = {None: 0, "nearest": 0, "stochastic": 12, "exact": 8}
 
 OptimizerName = Literal["adamw", "adamw_8bit", "muon", "adafactor", "sgd"]
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.compare.verdict import HEADLINES, MARGINAL, SHIFTED, short_name
+from preceptor.compare.verdict import HEADLINES, MARGINAL, SHIFTED, is_finite, short_name
 from preceptor.evaluate.intervals import Interval
 from preceptor.report.facts import LabelledRows
 from preceptor.report.plots import Panel, Series, smooth, thin
-from preceptor.report.run_record import JsonObject
+from preceptor.report.run_record import JsonObject, in_figures
 
 CLASSES = ("unshifted", "marginal", "shifted")
 MOST_ANSWERS = 12
@@ -44,7 +44,7 @@ def read_comparison(compare: JsonObject) -> Comparison | None:
         skipped=shift.get("skipped", ""),
         shares=_shares(shift) if measured else [],
         tokens=[
-            (repr(own["token"]), [f"{own['num']:,}", f"{own['num_shifted']:,}", f"{own['mean_prob']:.4f}"])
+            (repr(own["token"]), [f"{own['num']:,}", f"{own['num_shifted']:,}", in_figures(own["mean_prob"])])
             for own in shift.get("most_shifted", ())[:MOST_TOKENS]
         ],
         answers=[(own["source"], list(_pieces(own))) for own in shift.get("answers", ())[:MOST_ANSWERS]],
@@ -53,17 +53,20 @@ def read_comparison(compare: JsonObject) -> Comparison | None:
 
 def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, figure in task["figures"].items():
-        unit = 100.0 if figure["base"]["value"] <= 1 and HEADLINES[task["kind"]].scale > 1 else 1.0
+        base = figure["base"]["value"]
+        unit = 100.0 if (base is None or base <= 1) and HEADLINES[task["kind"]].scale > 1 else 1.0
         sides = [_interval(figure[which], unit) for which in ("base", "tuned")]
         difference = _interval(figure["difference"], unit, sign=True)
         yield f"{task['task']} ({task['role']})", [name, *sides, difference, f"{task['num_items']:,}"]
 
 
 def _interval(figure: Mapping[str, Any], unit: float, sign: bool = False) -> str:
-    """`94.1% (92.0 to 95.8)`; differences of shares in points."""
+    """`94.1% (92.0 to 95.8)`; differences of shares in points; null is not finite."""
+    if figure["value"] is None:
+        return in_figures(None)
     digits, after = (1, " points" if sign else "%") if unit > 1 else (4, "")
     value = f"{figure['value'] * unit:{'+' if sign else ''}.{digits}f}{after}"
-    if figure["low"] is None:
+    if figure["low"] is None or figure["high"] is None:
         return value
     return f"{value} ({figure['low'] * unit:.{digits}f} to {figure['high'] * unit:.{digits}f})"
 
@@ -72,7 +75,7 @@ def _differences(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
     """Tuned minus base by the headline metric of each task, with better to the right."""
     for unit, title in (("points", "Tasks: tuned minus base"), ("bits per byte", "Texts: base minus tuned")):
         lines = []
-        for task in tasks:
+        for task in filter(is_finite, tasks):
             metric = HEADLINES[task["kind"]]
             if metric.unit == unit:
                 own = Interval(**task["figures"][metric.name]["difference"]).times(metric.better * metric.scale)
@@ -85,17 +88,17 @@ def _differences(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
 
 def _by_position(shift: Mapping[str, Any]) -> Iterator[Panel]:
     places = shift["by_position"]
-    x = [float(place["position"]) for place in places]
-    width = SMOOTHED_POSITIONS if len(x) > 4 * SMOOTHED_POSITIONS else 1
-    shares = [
-        (name, colour, [100 * place[name] for place in places]) for name, colour in zip(CLASSES, (3, 5, 2), strict=True)
-    ]
-    kl = [("KL", 1, [place["mean_kl"] for place in places])]
+    width = SMOOTHED_POSITIONS if len(places) > 4 * SMOOTHED_POSITIONS else 1
+    shares = [(name, name, 100.0, colour) for name, colour in zip(CLASSES, (3, 5, 2), strict=True)]
     for title, unit, what, curves in (
         ("Shift by position", "%", "% of answer tokens", shares),
-        ("KL from the base by position", "nats", "nats", kl),
+        ("KL from the base by position", "nats", "nats", [("KL", "mean_kl", 1.0, 1)]),
     ):
-        series = [Series(name, *thin(x, smooth(y, width)), colour=colour) for name, colour, y in curves]
+        series = []
+        for name, key, factor, colour in curves:
+            known = [place for place in places if place[key] is not None]  # null: not finite
+            x, y = ([float(place[of]) for place in known] for of in ("position", key))
+            series.append(Series(name, *thin(x, smooth([factor * value for value in y], width)), colour=colour))
         note = f"{what}; mean of {width} positions" if width > 1 else what
         yield Panel(title, unit, series, note, "position in the answer", from_zero=True)
 
@@ -114,4 +117,5 @@ def _pieces(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield text, "added", "the base lacks this token"
         else:
             name = CLASSES[(rank >= MARGINAL) + (rank >= SHIFTED)]
-            yield text, name, f"{name}: rank {rank:,} under the base, probability {prob:.4f}, KL {kl:.3f} nats"
+            about = f"probability {in_figures(prob)}, KL {in_figures(kl, '.3f')} nats"
+            yield text, name, f"{name}: rank {rank:,} under the base, {about}"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from preceptor.report.plots import NUM_COLOURS, Panel, Series, smooth, thin
-from preceptor.report.run_record import JsonObject, RunRecord, tokens_per_second
+from preceptor.report.run_record import JsonObject, RunRecord, finite, tokens_per_second
 
 MEGABYTE = 1e6
 PREDICTED = "predicted_memory_bytes"
@@ -129,7 +129,7 @@ def _points(lines: Sequence[JsonObject], key: Any) -> tuple[list[float], list[fl
 
 def _intervals(run: RunRecord, losses: Sequence[float]) -> list[tuple[float, float]]:
     """Of each held-out loss, the interval that was measured, else the loss itself; [] where none was."""
-    measured = [line.get("loss_interval") for line in run.held_out]
+    measured = [line.get("loss_interval") for line in finite(run.held_out)]
     if not any(measured) or len(measured) != len(losses):
         return []
     return [(own[0], own[1]) if own else (loss, loss) for own, loss in zip(measured, losses, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from preceptor.report.run_record import JsonObject, RunRecord, flat, tokens_per_second
+from preceptor.report.run_record import JsonObject, RunRecord, finite, flat, in_figures, tokens_per_second
 
 LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 
@@ -48,11 +48,13 @@ def _losses(run: RunRecord) -> dict[str, str]:
     both = run.loss_ends
     found = {"training loss, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
     if run.held_out:
-        first, last, best = run.held_out[0], run.held_out[-1], min(run.held_out, key=lambda own: float(own["loss"]))
-        found["held-out loss, first and last"] = f"{first['loss']:.4f}, {last['loss']:.4f}"
-        found["lowest held-out loss"] = f"{best['loss']:.4f} after step {best['step']:,}"
+        first, last = run.held_out[0], run.held_out[-1]
+        found["held-out loss, first and last"] = f"{in_figures(first['loss'])}, {in_figures(last['loss'])}"
+        if known := finite(run.held_out):
+            best = min(known, key=lambda own: float(own["loss"]))
+            found["lowest held-out loss"] = f"{best['loss']:.4f} after step {best['step']:,}"
         if "bits_per_byte" in first and "bits_per_byte" in last:
-            pair = f"{first['bits_per_byte']:.4f}, {last['bits_per_byte']:.4f}"
+            pair = f"{in_figures(first['bits_per_byte'])}, {in_figures(last['bits_per_byte'])}"
             found["held-out bits per byte, first and last"] = pair
         own = (run.held_out_of_model or run.held_out)[-1]
         if "token_accuracy" in own:
@@ -115,7 +117,7 @@ def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]
         before = evaluations[0].get(key, {})
         rows = []
         for name, own in groups.items():
-            losses = [f"{each['loss']:.4f}" if each else "–" for each in (before.get(name), own)]
+            losses = [in_figures(each["loss"]) if each else "–" for each in (before.get(name), own)]
             rows.append((str(name), [*losses, f"{own['token_accuracy']:.1%}", f"{own['num_trained']:,}"]))
         columns = [f"loss at step {own['step']:,}" for own in (evaluations[0], evaluations[-1])]
         found.append((by, [*columns, "token accuracy", "tokens"], rows))

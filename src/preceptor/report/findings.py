@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from preceptor.compare.verdict import change, sentence, tells
+from preceptor.compare.verdict import change, is_finite, sentence, tells
 from preceptor.data.loader import FEW_STEPS, few_steps
 from preceptor.errors import counted
 from preceptor.evaluate.intervals import SHARE, interval
 from preceptor.evaluate.tasks import repeated_answer
-from preceptor.report.run_record import JsonObject, RunRecord
+from preceptor.report.run_record import JsonObject, RunRecord, finite
 
 Severity = Literal["error", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
@@ -58,6 +58,7 @@ def judge(run: RunRecord) -> Verdict:
         *_skipped(run),
         *_steps(run),
         *_training_loss(run),
+        *_not_finite(run),
         *_held_out(run),
         *_gradients(run),
         *_answers(run),
@@ -76,7 +77,7 @@ def judge(run: RunRecord) -> Verdict:
 
 def warnings_so_far(run: RunRecord) -> list[Finding]:
     """What is wrong with a run that goes on. Its losses and answers are judged when a tenth of it is done."""
-    found = [*_skipped(run), *_steps(run), *_gradients(run), *_data(run)]
+    found = [*_skipped(run), *_steps(run), *_not_finite(run), *_gradients(run), *_data(run)]
     if run.num_steps >= max(ENOUGH_STEPS, run.data.get("num_steps", 0) / 10):
         found += [*_training_loss(run), *_held_out(run), *_answers(run)]
     return sorted((finding for finding in found if finding.level in ("error", "warning")), key=_rank)
@@ -92,7 +93,7 @@ def _state(run: RunRecord) -> str:
         return "It is learning" if run.steps else "It has not begun"
     if _has_few_steps(run):
         return "It is finished; too few steps to say what it learned"
-    evaluations = run.held_out_of_model
+    evaluations = run.held_out_of_model  # all finite, else `judge` had an error
     if len(evaluations) < 2:
         return "It learned its training examples; more was not measured" if run.steps else "It is finished"
     first, last = (float(evaluation["loss"]) for evaluation in (evaluations[0], evaluations[-1]))
@@ -172,9 +173,22 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         yield Finding(level, f"The training loss fell by {_share(1 - last / first)}: {course}.")
 
 
+def _not_finite(run: RunRecord) -> Iterator[Finding]:
+    """Held-out losses that were NaN or infinite."""
+    broken = [each["step"] for each in run.held_out if each["loss"] is None]
+    if broken:
+        named = ", ".join(f"{step:,}" for step in broken[:_NAMED]) + (", ..." if len(broken) > _NAMED else "")
+        where = "before the first step" if broken == [0] else f"after step {named}"
+        lower = "Lower optimizer.learning_rate" if broken[0] else "Look at the base model and its dtype"
+        yield Finding(
+            "error", f"The held-out loss is not finite {where}.", f"{lower}; the training loss may not show it."
+        )
+
+
 def _held_out(run: RunRecord) -> Iterator[Finding]:
-    evaluations = run.held_out
-    if not evaluations:
+    """Of evaluations whose loss is finite; nothing of a model whose own is not."""
+    evaluations = finite(run.held_out)
+    if not run.held_out:
         seen = (
             "Neither a loss on held-out examples nor answers to them were measured: what was learned beyond the "
             "training examples is not known."
@@ -182,9 +196,9 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         also = " and set eval.every" if run.config.get("data") else ""
         yield Finding("note", seen, f"Name a file in data.eval, or set data.eval_size{also}.")
     of_model = run.held_out_of_model
-    if len(of_model) > 1:
-        yield _held_out_loss(of_model[0], of_model[-1])
-    if len(evaluations) > 1:
+    if len(of_model) > 1 and len(finite(ends := [of_model[0], of_model[-1]])) == 2:
+        yield _held_out_loss(*ends)
+    if len(evaluations) > 1 and evaluations[-1] is run.held_out[-1]:
         yield from _overfitting(run, evaluations[-1])
 
 
@@ -208,7 +222,7 @@ def _held_out_loss(first: JsonObject, last: JsonObject) -> Finding:
 
 def _overfitting(run: RunRecord, last: JsonObject) -> Iterator[Finding]:
     """Of the whole run, after the saved model too."""
-    best = min(run.held_out, key=lambda each: float(each["loss"]))
+    best = min(finite(run.held_out), key=lambda each: float(each["loss"]))
     if last["loss"] > best["loss"] * (1 + OVERFITTED) and best["step"] > 0:
         seen = (
             f"Overfitting: the held-out loss was lowest after step {best['step']:,} ({best['loss']:.3f}) and then rose "
@@ -347,12 +361,18 @@ def _rejected(run: RunRecord) -> Iterator[Finding]:
             yield Finding(level, seen, advice)
     if not run.rejections:
         also = f", and so are the {counts.held_out:,} held-out ones" if counts.held_out else ""
-        yield Finding("good", f"All {counts.train:,} examples are trained exactly as inference will see them{also}.")
+        known = (("examples_per_epoch", "trained in an epoch"), ("num_held_out", "measured"))
+        used = ", ".join(f"{run.data[key]:,} are {done}" for key, done in known if run.data.get(key))
+        proved = f"All {counts.train:,} examples are proved to be exactly what inference will see{also}"
+        yield Finding("good", f"{proved}{': ' * bool(used)}{used}.")
 
 
 def _tax(run: RunRecord) -> Iterator[Finding]:
     """What `preceptor compare` found outside what was trained."""
-    tasks = run.compare.get("tasks", ())
+    tasks = [task for task in run.compare.get("tasks", ()) if is_finite(task)]
+    if broken := [task["task"] for task in run.compare.get("tasks", ()) if not is_finite(task)]:
+        seen = f"`preceptor compare` measured figures that are not finite: {', '.join(broken[:_NAMED])}."
+        yield Finding("error", seen, "Look at the model's answers: `preceptor chat`.")
     for task in tasks:
         if task["role"] == "trained" and change(task) > 0:
             yield Finding("good", f"Against the base model it {sentence(task)}.")

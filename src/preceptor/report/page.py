@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from preceptor.config.yaml_text import one_line_yaml
 from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
 from preceptor.files import LIVE, MEMORY, write_atomically
@@ -119,9 +120,9 @@ def repeat_command(run: RunRecord) -> str:
     held = sorted({str(value) for value in flat(run.config).values() if str(value).startswith((LIVE, MEMORY))})
     if held:
         return f"# a Python program held {', '.join(held)}: run it again with another `out`"
-    command = f"preceptor train {shlex.quote(str(folder / 'config.yaml'))} {shlex.quote(f'out={folder}-again')}"
+    words = ["preceptor", "train", str(folder / "config.yaml"), f"out={one_line_yaml(f'{folder}-again')}"]
     directory = run.environment.get("directory")
-    return f"cd {shlex.quote(directory)}\n{command}" if directory else command
+    return f"cd {shlex.quote(directory)}\n{shlex.join(words)}" if directory else shlex.join(words)
 
 
 def _render(name: str, **values: Any) -> str:

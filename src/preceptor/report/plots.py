@@ -50,6 +50,7 @@ _STYLE: Any = {
     "text.color": _COLOUR["ink"],
     "lines.linewidth": 1.8,
     "axes.formatter.useoffset": False,
+    "text.parse_math": False,  # names may have dollar signs
 }
 
 
@@ -195,14 +196,17 @@ def _svg_of(figure: Figure) -> str:
 
 
 def _fill(axes: Axes, panel: Panel) -> None:
+    shown = 1  # the number of a curve in the legend; what it is the mean of goes with it
     for number, series in enumerate(panel.series):
+        name = f"series-{shown}-{number}"
         colour, mark = _COLOUR[f"c{series.colour}"], "o" if series.marks or len(series.x) == 1 else None
         alpha, width = (0.3, 1.0) if series.faint else (1.0, 1.8)
         (line,) = axes.plot(series.x, series.y, color=colour, alpha=alpha, linewidth=width, marker=mark, markersize=4)
-        line.set_gid(f"series-{series.colour}-{number}")
+        line.set_gid(name)
         if not series.faint:
             line.set_label(series.name)
-        _fill_ends(axes, series, colour, f"series-{series.colour}-{number}")
+            shown += 1
+        _fill_ends(axes, series, colour, name)
     if panel.bars is not None:
         edges, counts = panel.bars
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_COLOUR["c1"], alpha=0.85)

@@ -64,8 +64,8 @@ class RunRecord:
 
     @property
     def held_out(self) -> list[JsonObject]:
-        """The evaluations that have a held-out loss."""
-        return [evaluation for evaluation in self.evaluations if evaluation.get("loss") is not None]
+        """The evaluations that measured a held-out loss. It is null where it was not finite."""
+        return [evaluation for evaluation in self.evaluations if "loss" in evaluation]
 
     def of_model(self, lines: Sequence[JsonObject]) -> list[JsonObject]:
         """Those up to the step of the saved model, which `checkpoint.best` may choose before the last; else all."""
@@ -73,7 +73,7 @@ class RunRecord:
 
     @property
     def held_out_of_model(self) -> list[JsonObject]:
-        """The evaluations with a held-out loss up to the saved model's: its own is the last."""
+        """Those of `held_out` up to the saved model's: its own is the last."""
         return self.of_model(self.held_out)
 
     @property
@@ -163,6 +163,16 @@ def record_of_files(
         data=objects["data"],
         compare=objects["compare"],
     )
+
+
+def finite(evaluations: Sequence[JsonObject]) -> list[JsonObject]:
+    """Those of `held_out` whose loss is finite."""
+    return [evaluation for evaluation in evaluations if evaluation["loss"] is not None]
+
+
+def in_figures(value: float | None, form: str = ".4f") -> str:
+    """A figure of a JSON file in words: null stands for one that is not finite."""
+    return "not finite" if value is None else format(value, form)
 
 
 def up_to(lines: Sequence[JsonObject], step: int | None) -> list[JsonObject]:

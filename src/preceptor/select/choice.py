@@ -6,6 +6,7 @@ near_repeat      nearly repeats another example; the best of such examples is ke
 low_quality      not among the candidates, which are the best `quality_share` of the distinct examples, or as many as
                  are to be kept if that is more, and all that are as good as the last of them
 covered          a candidate, and similar to an example that is kept
+enough_kept      a candidate, where quality alone chooses: enough that are as good or better are kept
 """
 
 import math
@@ -143,12 +144,13 @@ def _by_quality(quality_C: np.ndarray, keep: int, seed: int) -> GreedyChoice:
 
 
 KEPT, EXACT, NEAR, LOW, COVERED = "kept", "exact_repeat", "near_repeat", "low_quality", "covered"
+ENOUGH = "enough_kept"
 
 
 def explain(found: Survey, choice: Choice) -> Iterator[dict[str, Any]]:
     """One object per example, in the order of the pool: source, kept, code, reason, and its scores if it has any.
 
-    code: KEPT, EXACT, NEAR, LOW, COVERED, or that of a rejection.
+    code: KEPT, EXACT, NEAR, LOW, COVERED, ENOUGH, or that of a rejection.
     """
     place_of = {number: place for place, number in enumerate(found.number_N.tolist())}
     rank_of = {place: rank for rank, place in enumerate(choice.kept.tolist())}
@@ -193,7 +195,7 @@ def _dropped(found: Survey, choice: Choice, place: int, is_candidate: bool) -> d
             "reason": f"quality {quality_N[place]:.2f} below {least:.2f}: {_faults(found, choice, place)}",
         }
     if choice.coverage is None:
-        return {"code": LOW, "reason": f"quality {quality_N[place]:.2f}: enough examples as good or better are kept"}
+        return {"code": ENOUGH, "reason": f"quality {quality_N[place]:.2f}: enough examples as good or better are kept"}
     like, similarity = source(int(choice.like_N[place])), float(choice.similarity_N[place])
     return {
         "code": COVERED,
@@ -267,7 +269,7 @@ def _codes(found: Survey, choice: Choice) -> dict[str, int]:
     counts = Counter(rejection.code for rejection in found.rejected.values())
     counts[KEPT], counts[EXACT], counts[NEAR] = num_kept, len(found.exact), int((choice.repeated_N >= 0).sum())
     counts[LOW] = len(choice.distinct) - num_candidates
-    counts[LOW if choice.coverage is None else COVERED] += num_candidates - num_kept
+    counts[ENOUGH if choice.coverage is None else COVERED] += num_candidates - num_kept
     return {code: count for code, count in counts.most_common() if count}
 
 

@@ -63,6 +63,7 @@ _MEANINGS = {
     "kept": "kept",
     "covered": "a candidate, similar to an example that is kept",
     "low_quality": "of lower quality than the candidates",
+    "enough_kept": "a candidate; enough that are as good or better are kept",
     "exact_repeat": "repeats an earlier example exactly",
     "near_repeat": "nearly repeats another example",
 }

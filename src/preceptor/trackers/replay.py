@@ -2,7 +2,8 @@
 
 What a tracker has is kept in OUT/trackers/state.json, by the run's id. A resumed run trains the steps after its
 checkpoint again, with the same figures; those that were sent are passed over. An evaluation is sent with its samples
-when its line in eval.jsonl, which is written last, is there; so the steps that a tracker gets never go back.
+when its line in eval.jsonl, which is written last, is there, and after its step. One that a resumed run makes may be
+of a step that the tracker has already.
 """
 
 import errno
@@ -64,7 +65,8 @@ class RunReplay:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name, self._memory = folder, name, folder / FOLDER / "state.json"
-        self._files = {each: GrowingLines(folder / f"{each}.jsonl") for each in ("metrics", "eval", "samples")}
+        # read in this order, the other way round than they are written: what belongs to an evaluation is there then
+        self._files = {each: GrowingLines(folder / f"{each}.jsonl") for each in ("eval", "samples", "metrics")}
         self._waiting: dict[str, dict[int, list[dict[str, Any]]]] = {each: {} for each in self._files}  # by step
         self._sink: Sink | None = None
         self._state: dict[str, Any] = {}
@@ -77,16 +79,18 @@ class RunReplay:
     def send(self) -> None:
         """Send what is new. Raises whatever the tracker raises; what was sent before is remembered."""
         for each, file in self._files.items():
-            for line in file.read():
+            new = file.read()
+            if file.began_anew:  # what was not sent of a resumed run is trained or measured again
+                self._waiting[each].clear()
+            for line in new:
                 self._waiting[each].setdefault(line["step"], []).append(line)
         if not self._state:
             begun = {"metrics": -1, "eval": -1, "attached": None, "tracker_id": None}
             self._state = begun | self._sent().get(self._name, {})
-        self._forget_sent()
-        if not self._waiting["metrics"] and not self._waiting["eval"]:
+        if not any(step > self._state[each] for each in ("metrics", "eval") for step in self._waiting[each]):
             return
         sink = self._opened()
-        self._forget_sent()  # by now it is known what the tracker has
+        self._forget_sent()  # not before: by now it is known what the tracker has
         metrics, evaluations = self._waiting["metrics"], self._waiting["eval"]
         try:
             for step in sorted({*metrics, *evaluations}):
@@ -108,12 +112,16 @@ class RunReplay:
         summary = self._folder / "summary.json"
         finished = summary.is_file()
         files = [file for name in ATTACHED if (file := self._folder / name).is_file() and file.stat().st_size]
-        if finished and self._state["attached"] != (found := sha256_of(summary)):  # a lengthened run has another one
-            self._opened().attach(files)
-            self._state["attached"] = found
-        if self._sink is not None:
-            self._sink.close(finished)
-            self._remember()
+        try:
+            if finished and self._state["attached"] != (found := sha256_of(summary)):  # a lengthened run: another one
+                sink = self._opened()
+                self.send()  # what it turns out not to have
+                sink.attach(files)
+                self._state["attached"] = found
+        finally:
+            if self._sink is not None:
+                self._sink.close(finished)
+                self._remember()
 
     def _forget_sent(self) -> None:
         for each in ("metrics", "eval"):
@@ -128,14 +136,16 @@ class RunReplay:
                 TrackedRun(
                     folder=self._folder / FOLDER,
                     id=run,
-                    name=f"{self._folder.name}-{run[:8]}",
+                    name=f"{self._folder.resolve().name}-{run[:8]}",
                     config=flat(read_run_file(self._folder)[0]),
                     tracker_id=self._state["tracker_id"],
                     next_step=self._state["metrics"] + 1,
                 ),
             )
-            if self._sink.last_step is not None:  # it has more than is remembered: this was killed in between
-                self._state["metrics"] = max(self._state["metrics"], self._sink.last_step)
+            if (last := self._sink.last_step) is not None:
+                # more than is remembered where this was killed in between; less where it was killed before the
+                # tracker had stored what it was given
+                self._state |= {"metrics": last, "eval": min(self._state["eval"], last)}
             self._state["tracker_id"] = self._sink.tracker_id
             self._remember()
         return self._sink

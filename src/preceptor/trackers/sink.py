@@ -36,9 +36,10 @@ class TrackedRun:
 
 
 class Sink(Protocol):
-    """A tracker that is open for one run. Steps come in their order, each once.
+    """A tracker that is open for one run. Steps come in their order, each once; an evaluation may be of an earlier one.
 
-    tracker_id: what it calls the run, to be given back next time. last_step: the last one that it has, if it can tell.
+    tracker_id: what it calls the run, to be given back next time. last_step: the last one that it has, if it can tell;
+    what follows is sent, whatever was sent before.
     where: how to look at it.
     """
 

@@ -1,6 +1,7 @@
 """Trackio: a local database, shown by `trackio show`."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,18 @@ from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
 
 
 class TrackioSink:
-    tracker_id: str | None = None
-
     def __init__(self, run: TrackedRun) -> None:
+        self.tracker_id: str = run.tracker_id or run.name  # a name is all that it knows a run by
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
         self.where = f"trackio show --project {project}"
         try:
-            steps = [line["step"] for line in SQLiteStorage.get_logs(project, run.name) if "train/loss" in line]
+            steps = [line["step"] for line in SQLiteStorage.get_logs(project, self.tracker_id) if "train/loss" in line]
         except Exception:  # no such project yet
             steps = []
         self.last_step: int | None = max(steps, default=None)
         self._run = trackio.init(
             project=project,
-            name=run.name,
+            name=self.tracker_id,
             config=dict(run.config),
             resume="allow",
             auto_log_gpu=False,
@@ -41,7 +41,7 @@ class TrackioSink:
 
     def attach(self, files: Sequence[Path]) -> None:
         """As an artifact of the run."""
-        record = trackio.Artifact(f"{self._run.name}-record", type="run")
+        record = trackio.Artifact(re.sub(r"[^A-Za-z0-9._-]", "_", f"{self.tracker_id}-record"), type="run")
         for file in files:
             record.add_file(str(file))
         self._run.log_artifact(record)

@@ -34,8 +34,7 @@ def announce(
     total = num_parameters(model)
     tokens = prepared.tokens
     of = "first window: " if prepared.stream else ""
-    num_held_out = prepared.num_measured[0] - prepared.num_measured[1]
-    held_out = f"; {num_held_out:,} held out" if num_held_out else ""
+    held_out = f"; {len(prepared.held_out):,} held out" if prepared.held_out else ""
     console.print(
         f"{of}{counted(prepared.examples_per_epoch, 'example')}, {tokens.computed:,} tokens, {tokens.trained:,} of "
         f"them trained ({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; "

@@ -221,6 +221,8 @@ def build(
     freeze_towers(model)
     asked = has_values and run.model.init != "random"
     untrained = world.gather(_untrained_tokens(model, prepared, say) if asked else {})[0]
+    if held is not None:
+        held.keep_rows({*chat.added.values(), *untrained.values()})
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if frozen := choose_trained(model, run.model.freeze, run.model.train_only):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor import config
+from preceptor.files import LIVE
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
@@ -110,7 +111,12 @@ def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
     old, new = ({file["name"]: file["sha256"] for file in side.get("weights", ())} for side in (before, now))
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if changed:
-        yield f"the base model's weights ({now['path']}) are others: {', '.join(changed)}"
+        trained = (
+            ". If this program has trained it: call train() of the Run that you have, or load the model again"
+            if str(now["path"]).startswith(LIVE)
+            else ""
+        )
+        yield f"the base model's weights ({now['path']}) are others: {', '.join(changed)}{trained}"
 
 
 def base_differences(run: str, start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:

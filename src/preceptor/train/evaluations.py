@@ -22,6 +22,7 @@ from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line, read_json, read_json_lines, write_json
 from preceptor.model.numerics import autocast
+from preceptor.report.run_record import in_figures
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.prepare import Prepared
@@ -188,7 +189,7 @@ def _shown(measured: dict[str, Any]) -> str:
         parts.append(f"held-out loss {loss}{per_byte}, token accuracy {measured['token_accuracy']:.1%}")
     for task in measured.get("tasks", ()):
         name, figure = next(iter(task["figures"].items()))
-        parts.append(f"{task['task']} {name} {figure['value']:.3f}")
+        parts.append(f"{task['task']} {name} {in_figures(figure['value'], '.3f')}")
     return "; ".join(parts)
 
 

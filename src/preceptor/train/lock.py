@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from preceptor.files import writing
 LOCK = ".lock"
 _SEEN_SECONDS = 30.0  # after which a lock of another machine is seen on a file system that both have
 _LOOK_SECONDS = 0.5
+_held: set[tuple[int, str]] = set()  # process and real path: a record lock keeps other processes out, not this one
+_guard = threading.Lock()
 
 
 @contextmanager
@@ -31,16 +34,35 @@ def locked(folder: Path, out: str) -> Iterator[list[str]]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{out}: is a file; choose another `out`")
-    descriptor, notes = _lock(folder, out)
+    with _alone_in_process(folder, out):
+        descriptor, notes = _lock(folder, out)
+        try:
+            yield notes
+        finally:
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+            with suppress(OSError):  # the first that is not empty
+                for place in made:
+                    place.rmdir()
+
+
+@contextmanager
+def _alone_in_process(folder: Path, out: str) -> Iterator[None]:
+    """Raises CheckpointError where this process holds the folder already."""
+    place = (os.getpid(), os.path.realpath(folder))
+    with _guard:
+        if place in _held:
+            raise CheckpointError(
+                f"{out}: another run of this program uses this folder. If its loop over steps was left, end it: "
+                "close() of what steps() gave saves its step; or choose another `out`"
+            )
+        _held.add(place)
     try:
-        yield notes
+        yield
     finally:
-        with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
-        with suppress(OSError):  # the first that is not empty
-            for place in made:
-                place.rmdir()
+        with _guard:
+            _held.discard(place)
 
 
 def _lock(folder: Path, out: str) -> tuple[int, list[str]]:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from preceptor import config
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, first_line, is_out_of_memory
 from preceptor.model.activations.modules import is_plain_parameter
+from preceptor.model.compiled import compile_seconds, no_compiler
+from preceptor.model.numerics import FAILURES, require_close
 from preceptor.model.parts import decoder_layers, matches, require_factors_fit
 from preceptor.model.sharding import own_part
 from preceptor.plan.devices import host_memory_bytes
 from preceptor.plan.memory import LOW, OptimizerName, rule_of, state_tensors, weight_update_bytes
-from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit, torch_rule
+from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit, torch_rule, widened
 
 
 def build_optimizer(
@@ -86,6 +88,45 @@ def optimizer_lines(optimizer: torch.optim.Optimizer) -> Iterator[str]:
         own = [parameter for group in groups if group["lr_factor"] == factor for parameter in group["params"]]
         num = sum(parameter.numel() for parameter in own)
         yield f"learning rate times {factor:g}: {len(own)} of {len(trained)} tensors ({num:,} parameters)"
+
+
+def compile_update(optimizer: torch.optim.Optimizer, device: torch.device, say: Callable[[str], None]) -> None:
+    """Let the formulas of 8-bit states and of rounding be compiled on a GPU, if three steps of random numbers agree."""
+    if not isinstance(optimizer, WeightwiseOptimizer) or no_compiler(device) is not None:
+        return
+    rules = {rule for rule in optimizer.rules if rule == "adamw_8bit"}
+    if not rules and optimizer.rounding in (None, "nearest"):
+        return
+    before = compile_seconds()
+    try:
+        for rule in rules or {"adamw"}:
+            moved, true = (_trial(optimizer, rule, device, compiled) for compiled in (True, False))
+            require_close(moved, true, "compiled, it moves a weight otherwise", "", bound=_MOVES_ALIKE)
+    except (ModelError, *FAILURES) as error:
+        if is_out_of_memory(error):
+            raise
+        say(f"the optimizer's update is not compiled: {first_line(error)}")
+    else:
+        optimizer.compiled = True
+        say(f"the optimizer's update: compiled in {compile_seconds() - before:.1f} s")
+
+
+_MOVES_ALIKE = 0.05  # where a last bit decides, random rounding differs by the last place of a few numbers
+
+
+def _trial(optimizer: WeightwiseOptimizer, rule: str, device: torch.device, compiled: bool) -> Tensor:
+    """How far three steps move a weight: float32."""
+    dtype = torch.float32 if optimizer.rounding is None else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    weight, *gradients = torch.randn(4, 5, 300, generator=generator).to(device, dtype)
+    parameter = nn.Parameter(weight.clone())
+    group = {"params": [parameter], "rule": rule, "weight_decay": 0.1}
+    twin = WeightwiseOptimizer([group], optimizer.rules, {parameter: "trial"}, optimizer.rounding, 0)
+    twin.compiled, twin.param_groups[0]["lr"] = compiled, 0.1
+    for gradient in gradients:
+        parameter.grad = gradient
+        twin.step()
+    return widened(parameter, twin.state[parameter].get("low")) - weight.float()
 
 
 def offloads(optimizer: torch.optim.Optimizer) -> bool:

@@ -27,7 +27,14 @@ from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError, explaining_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
 from preceptor.model.attention.runs import attention_dropout
-from preceptor.model.checks import check_compiled, check_head, check_isolation, check_phases, check_sequential
+from preceptor.model.checks import (
+    check_compiled,
+    check_fused,
+    check_head,
+    check_isolation,
+    check_phases,
+    check_sequential,
+)
 from preceptor.model.compiled import ADAPTED_EXPERTS, CARRIES, adapts_experts, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast, require_close
@@ -121,6 +128,8 @@ class _Proofs:
             self._prove("the loss of a sequence is the sum of its conversations' losses", lambda: self._summed(trees))
         if engine.state.compiles:
             self._settle_compiling(trees)
+        if engine.state.fused:
+            self._settle_fusing()
         largest = self.loader.largest_sequences()
         sizes = (
             f"{max(sequence.num_tokens for sequence in largest):,} tokens, "
@@ -190,11 +199,10 @@ class _Proofs:
     def _settle_compiling(self, trees: Sequence[Tree]) -> None:
         """trees: a sample of the run's; none of a model that reads each conversation alone."""
         engine, model = self.engine, self.engine.model
-        half = self.precision == "bfloat16" or next(model.parameters()).dtype == torch.bfloat16
 
         def check() -> None:
             model.train()
-            check_compiled(model, loss, torch.bfloat16 if half else torch.float32)
+            check_compiled(model, loss, self._computed_in())
 
         def loss() -> torch.Tensor:
             with autocast(model.device, self.precision):
@@ -219,6 +227,25 @@ class _Proofs:
             reason = str(error).partition(" Set `engine")[0].rstrip(".")
             give_up_compiling(model, engine.state, reason)
             self.say(f"layers are not compiled: {reason}")
+        else:
+            self.say(f"compiled in {compile_seconds() - before:.1f} s, {num_graphs()} graphs")
+
+    def _computed_in(self) -> torch.dtype:
+        half = self.precision == "bfloat16" or next(self.engine.model.parameters()).dtype == torch.bfloat16
+        return torch.bfloat16 if half else torch.float32
+
+    def _settle_fusing(self) -> None:
+        engine, before = self.engine, compile_seconds()
+
+        def check() -> None:
+            with autocast(engine.model.device, self.precision):
+                check_fused(engine.model, self.objective.options, self._computed_in())
+
+        try:
+            self._prove("compiled norms, gated units and loss are exact", check)
+        except ModelError as error:
+            engine.state.optimisations.discard("fused")
+            self.say(f"norms, gated units and loss are not compiled: {str(error).rstrip('.')}")
         else:
             self.say(f"compiled in {compile_seconds() - before:.1f} s, {num_graphs()} graphs")
 

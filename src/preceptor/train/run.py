@@ -37,7 +37,7 @@ from preceptor.train.evaluations import Evaluations
 from preceptor.train.finish import finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
-from preceptor.train.optimizer import optimizer_memory, require_host_memory
+from preceptor.train.optimizer import compile_update, optimizer_memory, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, record_of_first, session, write_start
@@ -83,6 +83,7 @@ class Training:
         finally:
             if self._held is not None:
                 self._held.release()
+                self.model = None if self._held.built is None else self._held.built[0]
             elif self.model is not None and self.world.size == 1:
                 leave_plain(self.model)
             self._state = self._objective = None  # type: ignore[assignment]  # whose tensors nobody needs any more
@@ -109,7 +110,7 @@ class Training:
                     yield from self.loop.steps()
                 finally:
                     if self._held is not None:
-                        self._held.has_steps = state.step > 0
+                        self._held.ends_at(state.step, folder.path)
             require_finite(state)
             require_finite_loss(state, loader.batch(state.step - 1)[0], self._precision, objective)
             self._end(self.loop.ends)
@@ -118,6 +119,8 @@ class Training:
             save_at_the_end(self._save, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             seconds = time.perf_counter() - started
             self.summary = world.first(lambda: finish(folder, self.say, seconds))
+            if self._held is not None:
+                self._held.ends_at(state.step, None)
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
@@ -148,6 +151,8 @@ class Training:
         self._checkpoints = _checkpoints(folder, run, record, world)
         self._require_room()
         require_host_memory(self._state.optimizer, world.local_size)
+        if run.engine != "plain":
+            compile_update(self._state.optimizer, device, say)
         reserved = optimizer_memory(self._state.optimizer)
         loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved)
         self._loader, self._num_steps = loader, run.train.duration.steps(loader.steps_per_epoch)
@@ -155,6 +160,8 @@ class Training:
         if dry_run:
             where_rejected = "`preceptor check` counts them"
         elif folder.goes_on:
+            if held is not None:
+                held.has_steps |= restored
             self._go_on()
             if held is not None:
                 held.require_steps_saved(self._state.step)
@@ -210,7 +217,7 @@ class Training:
             self.say(
                 f"the checkpoint of step {best}, the best by {run.checkpoint.best}, is not there: the last is saved"
             )
-            found = {**found, "model_step": step}
+            found = {key: value for key, value in found.items() if key != "best"} | {"model_step": step}
         may_go_on = run.checkpoint.every is not None and may_be_lengthened(run)
         if found["model_step"] != step or may_go_on:
             checkpoints.save(self._state)

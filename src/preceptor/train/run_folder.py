@@ -21,6 +21,7 @@ OUT/.lock            held by the process that uses the folder, released when tha
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
+from preceptor.config.yaml_text import one_line_yaml
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import (
     read_json,
@@ -274,8 +276,9 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
 
 
 def longer(out: str) -> str:
+    words = shlex.join(["--from", out, f"out={one_line_yaml(f'{out}-2')}"])
     return (
-        f". To train on, start a run from this one, in a folder of its own: --from {out} out={out}-2 (in Python: "
+        f". To train on, start a run from this one, in a folder of its own: {words} (in Python: "
         f"model={{'path': ..., 'from_run': {out!r}}}; its learning rate starts from the beginning)"
     )
 

@@ -5,6 +5,9 @@ states. A bfloat16 weight is widened before it and rounded after it.
 
 With `offload` the states lie in the host's memory and are on the device one weight at a time: they are copied there
 before its update and back after it, in the order of the device's stream, so that the host waits for neither.
+
+8-bit states and rounding are dozens of operations an element. A CPU does them a cache's size at a time; on a GPU they
+are compiled, a kernel or two each (`compile_update`).
 """
 
 from collections import defaultdict
@@ -17,14 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
+from preceptor.model.compiled import compiled_function, run_rowwise
 from preceptor.model.numerics import random_bits, random_key
 from preceptor.model.sharding import own_part
 from preceptor.plan.memory import BLOCK, chunk_of
 
 Rounding = Literal["exact", "stochastic", "nearest"]
 
-Rule = Callable[[Tensor, dict[str, Tensor], Mapping[str, Any], int], None]
-"""(float32 weight with its .grad, its state, its group, key of what is drawn): the weight and state after a step."""
+Rule = Callable[[Tensor, dict[str, Tensor], Mapping[str, Any], int, bool], None]
+"""(float32 weight with its .grad, its state, its group, key of what is drawn, whether formulas are compiled): the
+weight and state after a step."""
 
 
 class WeightwiseOptimizer(torch.optim.Optimizer):
@@ -39,7 +44,8 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         seed: int,
         offload: bool = False,
     ) -> None:
-        self._rules, self._names, self.rounding, self._seed, self.offload = rules, names, rounding, seed, offload
+        self.rules, self._names, self.rounding, self._seed, self.offload = rules, names, rounding, seed, offload
+        self.compiled = False
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
@@ -67,10 +73,10 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         assert parameter.grad is not None
         weight.grad = parameter.grad.float()
         key = random_key(self._seed, int(state["updates"]), self._names[parameter])
-        self._rules[group["rule"]](weight, of_rule, group, key)
+        self.rules[group["rule"]](weight, of_rule, group, key, self.compiled)
         if half:
             assert self.rounding is not None
-            narrow(weight, parameter, self.rounding, low, ~key)
+            narrow(weight, parameter, self.rounding, low, ~key, self.compiled)
         if self.offload:
             _take_back(state, of_rule if low is None else {**of_rule, "low": low})
         else:
@@ -117,7 +123,7 @@ def torch_rule(optimizer_class: type[torch.optim.Optimizer], **settings: Any) ->
     optimizer: Any = optimizer_class([nn.Parameter(torch.zeros(1, 1))], **settings)
     defaults = optimizer.param_groups[0]
 
-    def update(weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int) -> None:
+    def update(weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int, compiled: bool) -> None:
         own = {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": [weight]}
         if "step" in state and defaults.get("fused"):  # a checkpoint's numbers are read to the CPU
             state["step"] = state["step"].to(weight.device)
@@ -164,22 +170,47 @@ def widened(weight: Tensor, low: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def narrow(wide: Tensor, weight: Tensor, rounding: Rounding, low: Tensor | None, key: int) -> None:
+def narrow(
+    wide: Tensor, weight: Tensor, rounding: Rounding, low: Tensor | None, key: int, compiled: bool = False
+) -> None:
     """Write the float32 `wide` into the bfloat16 `weight`, what `exact` keeps of it into `low`. `wide` is used up."""
     if rounding == "nearest":
         weight.copy_(wide)
         return
     wide_X, weight_X = own_part(wide).view(-1), own_part(weight).view(-1)
-    first = first_element(weight)
+    first, run = first_element(weight), compiled_function if compiled else _as_it_is
     for part in parts_of(len(wide_X), chunk_of(wide_X.device.type)):
-        bits = wide_X[part].view(torch.int32)
         if low is None:
-            noise = random_bits(key, first + part.start, len(bits), bits.device)
-            high = bits.add_(noise.bitwise_and_(0xFFFF)).bitwise_and_(_HIGH)
+            numbers = _scalars(wide_X.device, compiled, key, first + part.start)
+            run(_round_at_random)(wide_X[part], weight_X[part], *numbers)
         else:
-            high = (bits + 0x8000).bitwise_and_(_HIGH)
-            own_part(low).view(-1)[part] = (bits - high).to(torch.int16)
-        weight_X[part] = high.view(torch.float32).to(torch.bfloat16)
+            run(_split)(wide_X[part], weight_X[part], own_part(low).view(-1)[part])
+
+
+def _round_at_random(wide_X: Tensor, weight_X: Tensor, key: int | Tensor, first: int | Tensor) -> None:
+    noise = random_bits(key, first, len(wide_X), wide_X.device).bitwise_and_(0xFFFF)
+    high = noise.add_(wide_X.view(torch.int32)).bitwise_and_(_HIGH)
+    weight_X.copy_(high.view(torch.float32))
+
+
+def _split(wide_X: Tensor, weight_X: Tensor, low_X: Tensor) -> None:
+    bits = wide_X.view(torch.int32)
+    high = (bits + 0x8000).bitwise_and_(_HIGH)
+    low_X.copy_(bits - high)
+    weight_X.copy_(high.view(torch.float32))
+
+
+def _as_it_is(formula: Callable[..., None]) -> Callable[..., None]:
+    return formula
+
+
+def _scalars(device: torch.device, compiled: bool, *numbers: float) -> tuple[Any, ...]:
+    """As they are; compiled as tensors on the device, for else each other number would be another graph."""
+    if not compiled:
+        return numbers
+    types = {0: torch.int32, 1: torch.int64}  # key and place come first
+    made = (types.get(at, torch.float32) for at in range(len(numbers)))
+    return tuple(torch.full((), own, dtype=dtype, device=device) for own, dtype in zip(numbers, made, strict=True))
 
 
 def parts_of(num: int, each: int) -> Iterator[slice]:
@@ -197,7 +228,7 @@ def parts_of(num: int, each: int) -> Iterator[slice]:
 # But no mean of a square becomes 0, below the lowest code: the mean beside it may be rounded up, and where the next
 # gradients are 0 (the row of a token that does not occur) epsilon alone would divide it.
 #
-# Legend: R rows, K columns, B blocks of a row.
+# Legend: B blocks, K their elements (BLOCK); a row that they do not fill is padded.
 
 _MEAN = (127, 12.0)  # codes beside zero, and the powers of two that they reach down from the scale
 _SQUARE = (255, 24.0)
@@ -218,65 +249,88 @@ def _new_8bit_state(weight: Tensor) -> dict[str, Tensor]:
 
 
 def adamw_8bit(
-    weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int, betas: Sequence[float]
+    weight: Tensor,
+    state: dict[str, Tensor],
+    group: Mapping[str, Any],
+    key: int,
+    compiled: bool,
+    betas: Sequence[float],
 ) -> None:
-    """A rule, for matrices. Rows a few at a time."""
+    """A rule, for matrices. Rows a few at a time; compiled, all operations on a block are one kernel or two."""
     if not state:
         state.update(_new_8bit_state(weight))
     state["step"] += 1
     assert weight.grad is not None
     columns = weight.shape[-1]
-    weight_RK, gradient_RK, mean_RK, square_RK = (
-        own_part(each).view(-1, columns) for each in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
-    )
-    mean_RB, square_RB = (own_part(state[f"{name}_scale"]).flatten(0, -2) for name in ("exp_avg", "exp_avg_sq"))
-    beta1, beta2 = betas
-    step, first = int(state["step"]), first_element(weight)
-    size = group["lr"] / (1 - beta1**step)
-    root_of_correction = (1 - beta2**step) ** 0.5
-    for rows in parts_of(len(weight_RK), max(1, chunk_of(weight.device.type) // columns)):
-        gradient = gradient_RK[rows]
-        mean = decoded(mean_RK[rows], mean_RB[rows], *_MEAN).lerp_(gradient, 1 - beta1)
-        square = decoded(square_RK[rows], square_RB[rows], *_SQUARE).mul_(beta2)
-        square.addcmul_(gradient, gradient, value=1 - beta2)
-        weight_RK[rows] *= 1 - group["lr"] * group["weight_decay"]
-        weight_RK[rows].addcdiv_(mean, (square.sqrt() / root_of_correction).add_(_EPSILON), value=-size)
-        bits = random_bits(key, first + rows.start * columns, mean.numel(), mean.device).view_as(mean)
-        mean_RK[rows], mean_RB[rows] = encoded(mean, bits & 0xFFFF, *_MEAN)
-        square_RK[rows], square_RB[rows] = encoded(square, (bits >> 16) & 0xFFFF, *_SQUARE)
+    width = -(-columns // BLOCK) * BLOCK
+    held = weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]
+    matrices = [own_part(each).view(-1, columns) for each in held]
+    scales = [own_part(state[f"{name}_scale"]).flatten(0, -2) for name in ("exp_avg", "exp_avg_sq")]
+    step, first = int(state["step"]), first_element(weight) // columns * width
+    (beta1, beta2), lr = betas, group["lr"]
+    rates = 1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    for rows in parts_of(len(matrices[0]), max(1, chunk_of(weight.device.type) // width)):
+        own = [each[rows] for each in matrices]
+        padded = own if width == columns else [pad(each, (0, width - columns)) for each in own]
+        blocks = *(each.view(-1, BLOCK) for each in padded), *(each[rows].view(-1, 1) for each in scales)
+        given = *blocks, *_scalars(weight.device, compiled, key, first + rows.start * width, *rates), beta1, beta2
+        run_rowwise(_update_8bit, *given) if compiled else _update_8bit(*given)
+        if padded is not own:
+            for one, other in zip(own, padded, strict=True):
+                one.copy_(other[:, :columns])
 
 
-def encoded(values_RK: Tensor, noise_RK: Tensor, num_codes: int, octaves: float) -> tuple[Tensor, Tensor]:
-    """(codes, scale_RB). noise: 16 random bits of each element; codes of 255 have no sign."""
-    scale_RB = _blocks(values_RK).abs().amax(dim=-1)
-    share_RK = values_RK.abs() / _spread(scale_RB, values_RK.shape[1]).clamp_(min=torch.finfo(torch.float32).tiny)
-    place_RK = share_RK.log2().mul_((num_codes - 1) / octaves).add_(num_codes)
-    lower_RK = place_RK.floor_().clamp_(0, num_codes)
-    low_RK, high_RK = (_share(lower_RK + more, num_codes, octaves) for more in (0, 1))
-    odds_RK = share_RK.sub_(low_RK).div_(high_RK.sub_(low_RK))
-    codes_RK = lower_RK.add_(odds_RK > noise_RK * _UNIT).clamp_(max=num_codes)
+def _update_8bit(
+    weight_BK: Tensor,
+    gradient_BK: Tensor,
+    mean_BK: Tensor,
+    square_BK: Tensor,
+    mean_B1: Tensor,
+    square_B1: Tensor,
+    key: int | Tensor,
+    first: int | Tensor,
+    decay: float | Tensor,
+    size: float | Tensor,
+    root_of_correction: float | Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """In place: the weight, the codes and scales of both means. first: of the places of what is drawn."""
+    mean = decoded(mean_BK, mean_B1, *_MEAN).lerp_(gradient_BK, 1 - beta1)
+    square = decoded(square_BK, square_B1, *_SQUARE).mul_(beta2)
+    square.addcmul_(gradient_BK, gradient_BK, value=1 - beta2)
+    inverse = square.sqrt().div_(root_of_correction).add_(_EPSILON).reciprocal_()
+    weight_BK.mul_(decay).sub_(inverse.mul_(mean).mul_(size))
+    del inverse
+    bits = random_bits(key, first, mean.numel(), mean.device).view_as(mean)
+    codes, scale = encoded(mean, bits & 0xFFFF, *_MEAN)
+    mean_BK.copy_(codes), mean_B1.copy_(scale)
+    codes, scale = encoded(square, (bits >> 16) & 0xFFFF, *_SQUARE)
+    square_BK.copy_(codes), square_B1.copy_(scale)
+
+
+def encoded(values_BK: Tensor, noise_BK: Tensor, num_codes: int, octaves: float) -> tuple[Tensor, Tensor]:
+    """(codes, scale_B1). noise: 16 random bits of each element; codes of 255 have no sign."""
+    scale_B1 = values_BK.abs().amax(dim=-1, keepdim=True)
+    share_BK = values_BK.abs().div_(scale_B1.clamp(min=torch.finfo(torch.float32).tiny))
+    place_BK = share_BK.log2().mul_((num_codes - 1) / octaves).add_(num_codes)
+    lower_BK = place_BK.floor_().clamp_(0, num_codes)
+    low_BK, high_BK = (_share(lower_BK + more, num_codes, octaves) for more in (0, 1))
+    odds_BK = share_BK.sub_(low_BK).div_(high_BK.sub_(low_BK))
+    codes_BK = lower_BK.add_(odds_BK > noise_BK * _UNIT).clamp_(max=num_codes)
     if num_codes == 127:
-        return codes_RK.copysign_(values_RK).to(torch.int8), scale_RB
-    return codes_RK.clamp_(min=values_RK.sign()).to(torch.uint8), scale_RB
+        return codes_BK.copysign_(values_BK).to(torch.int8), scale_B1
+    return codes_BK.clamp_(min=values_BK.sign()).to(torch.uint8), scale_B1
 
 
-def decoded(codes_RK: Tensor, scale_RB: Tensor, num_codes: int, octaves: float) -> Tensor:
+def decoded(codes_BK: Tensor, scale_B1: Tensor, num_codes: int, octaves: float) -> Tensor:
     """float32; the inverse of `encoded`, up to its rounding."""
-    values_RK = codes_RK.float()
-    share_RK = _share(values_RK.abs(), num_codes, octaves)
-    return share_RK.copysign_(values_RK).mul_(_spread(scale_RB, codes_RK.shape[1]))
+    values_BK = codes_BK.float()
+    share_BK = _share(values_BK.abs(), num_codes, octaves)
+    return share_BK.copysign_(values_BK).mul_(scale_B1)
 
 
 def _share(code: Tensor, num_codes: int, octaves: float) -> Tensor:
     """What a code says of its block's scale: 2^(octaves (code - num_codes) / (num_codes - 1)), and 0 for 0."""
     share = (code - num_codes).mul_(octaves / (num_codes - 1)).exp2_()
     return share.masked_fill_(code == 0, 0.0)
-
-
-def _blocks(values_RK: Tensor) -> Tensor:
-    missing = -values_RK.shape[1] % BLOCK
-    return pad(values_RK, (0, missing)).unflatten(1, (-1, BLOCK))
-
-
-def _spread(scale_RB: Tensor, columns: int) -> Tensor:
-    return scale_RB.repeat_interleave(BLOCK, dim=1)[:, :columns]

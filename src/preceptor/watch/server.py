@@ -26,7 +26,16 @@ from preceptor.report import curves
 from preceptor.report.page import distinct_names, draw_all
 from preceptor.report.plots import NUM_COLOURS
 from preceptor.report.skeleton import style_and_script, templates
-from preceptor.watch.status import LiveRun, RunLook, figures, has_ended, left_in_words, status_of, step_in_words
+from preceptor.watch.status import (
+    LiveRun,
+    RunLook,
+    figures,
+    has_ended,
+    left_in_words,
+    state_of,
+    status_of,
+    step_in_words,
+)
 from preceptor.watch.terminal import News
 
 MOST_PROMPTS = 20
@@ -213,10 +222,10 @@ def serve(live: Sequence[LiveRun], port: int, end: threading.Event) -> None:
         webbrowser.open(server.url)
     known = [News() for _ in live]
     while not end.is_set():
+        started = time.monotonic()
         for news, look in zip(known, runs.look(), strict=True):
-            status = status_of(look)
-            if status["state"] != news.state and (line := news.line(status)):
+            if state_of(look) != news.state and (line := news.line(status_of(look))):
                 say(line)
-        end.wait(_LOOK_SECONDS)
+        end.wait(max(_LOOK_SECONDS, _SHARE * (time.monotonic() - started)))
     server.shutdown()
     server.server_close()

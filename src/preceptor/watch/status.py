@@ -13,10 +13,18 @@ from typing import Any, Literal
 from preceptor.errors import CheckpointError, counted
 from preceptor.files import read_json, read_json_lines, read_run_file, readable_bytes
 from preceptor.report.findings import judge, warnings_so_far
-from preceptor.report.run_record import LINES, OBJECTS, JsonObject, RunRecord, record_of_files, tokens_per_second
+from preceptor.report.run_record import (
+    LINES,
+    OBJECTS,
+    JsonObject,
+    RunRecord,
+    in_figures,
+    record_of_files,
+    tokens_per_second,
+)
 from preceptor.trackers.replay import GrowingLines
 from preceptor.train.lock import LOCK, LockHolder, lock_holder
-from preceptor.train.run_folder import REPORT
+from preceptor.train.run_folder import RECORD, REPORT
 
 _GROWING = ("metrics", "eval", "samples")  # read from where the last look ended: they may be long
 
@@ -25,12 +33,14 @@ _GROWING = ("metrics", "eval", "samples")  # read from where the last look ended
 class RunLook:
     """A run at one moment.
 
-    holder: the process that its lock names. seconds_since_written: None where nothing is there.
+    holder: the process that its lock names. is_loading: whether the lock is newer than the run's record: a process
+    writes that when it has read data and model. seconds_since_written: None where nothing is there.
     """
 
     record: RunRecord
     holder: LockHolder | None
     has_begun: bool
+    is_loading: bool
     seconds_since_written: float | None
 
 
@@ -59,8 +69,14 @@ class LiveRun:
             record_of_files(self.folder, config, text, lines, objects),
             lock_holder(self.folder),
             has_begun,
+            self._is_loading(),
             _seconds_since([self.folder / name for name in (*(f"{name}.jsonl" for name in _GROWING), LOCK)]),
         )
+
+    def _is_loading(self) -> bool:
+        """Not where the model is saved already: then only the end of the record is written."""
+        lock, record = (_written(self.folder / name) for name in (LOCK, RECORD))
+        return lock is not None and (record is None or lock > record) and not (self.folder / "model").is_dir()
 
     def _read(self, name: str, read: Callable[[Path], Any], absent: Any) -> Any:
         """The value of a file, read again when it has changed."""
@@ -79,11 +95,15 @@ class LiveRun:
 
 def _seconds_since(files: Sequence[Path]) -> float | None:
     """Since the last of these files was written, by this machine's clock."""
-    times = []
-    for file in files:
-        with suppress(OSError):
-            times.append(file.stat().st_mtime)
+    times = [written for file in files if (written := _written(file)) is not None]
     return max(0.0, time.time() - max(times)) if times else None
+
+
+def _written(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
 
 
 WatchState = Literal["waiting", "starting", "training", "stopped", "unknown", "finished"]
@@ -94,9 +114,9 @@ _MOST_CODES = 3  # of rejections that are named
 
 
 def status_of(look: RunLook) -> dict[str, Any]:
-    """A run at one moment, as `preceptor watch --json` prints it. None: not known, or not measured."""
+    """A run at one moment, as `preceptor watch --json` prints it. None: not known, not measured, or not finite."""
     run, holder = look.record, look.holder
-    state = _state(look)
+    state = state_of(look)
     recent = run.steps[-RECENT_STEPS:]
     planned = run.data.get("num_steps")
     rates = [rate for step in recent if (rate := tokens_per_second(step)) is not None]
@@ -134,7 +154,7 @@ def status_of(look: RunLook) -> dict[str, Any]:
 
 def has_ended(look: RunLook) -> bool:
     """Whether the run is finished and no process holds its folder."""
-    return _state(look) == "finished"
+    return state_of(look) == "finished"
 
 
 def latest_samples(run: RunRecord) -> list[JsonObject]:
@@ -150,12 +170,12 @@ def process_in_words(holder: LockHolder | None) -> str:
 # The state -----------------------------------------------------------------------------------------------------------
 
 
-def _state(look: RunLook) -> WatchState:
+def state_of(look: RunLook) -> WatchState:
     """waiting: no run yet. starting: its process reads data and model. unknown: no lock reaches to this machine."""
     alive = look.holder is not None and look.holder.is_alive
     if alive:  # with a report: a new run is to be made of what is there, or its process ends at this very moment
         has_report = look.record.is_finished and (look.record.folder / REPORT).is_file()
-        return "training" if look.has_begun and not has_report else "starting"
+        return "training" if look.has_begun and not look.is_loading and not has_report else "starting"
     if look.record.is_finished:
         return "finished"
     if look.holder is not None and look.holder.is_alive is None:
@@ -191,7 +211,7 @@ def _says(look: RunLook, state: WatchState) -> str:
 def _stopped(run: RunRecord, holder: LockHolder | None) -> str:
     """Its process ended before the run did: told to (then the lock is gone), or killed."""
     sessions = [run.environment, *(run.environment.get("resumed") or ())]
-    command, folder = sessions[-1].get("command"), run.environment.get("directory")
+    command, folder = sessions[-1].get("command"), sessions[-1].get("directory")
     again = f"; this continues it{f' in {folder}' if folder else ''}: {command}" if command else ""
     how = "stopped" if holder is None else f"ended without a word (it was {process_in_words(holder)})"
     return f"{how} after step {run.num_steps:,}{again}"
@@ -293,12 +313,13 @@ def figures(status: dict[str, Any]) -> dict[str, str]:
         found["loss"] = f"{status['loss']:.4f}, mean of {counted(min(RECENT_STEPS, status['step']), 'step')}"
     if own := status["held_out"]:
         spread = "" if own["low"] is None else f" ({own['low']:.4f} to {own['high']:.4f})"
-        since = f"; {own['first']:.4f} at first" if own["step"] else ""
-        found["held out"] = f"{own['loss']:.4f}{spread} {after(own['step'])}{since}"
+        since = f"; {in_figures(own['first'])} at first" if own["step"] else ""
+        found["held out"] = f"{in_figures(own['loss'])}{spread} {after(own['step'])}{since}"
     for each in status["tasks"]:
-        spread = "" if each["low"] is None else f" ({each['low']:.3f} to {each['high']:.3f})"
-        name = f"{each['task']}: {each['figure']}"
-        found["tasks" if "tasks" not in found else " " * len(found)] = f"{name} {each['value']:.3f}{spread}"
+        low, high = each["low"], each["high"]
+        spread = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+        value = f"{each['task']}: {each['figure']} {in_figures(each['value'], '.3f')}{spread}"
+        found["tasks" if "tasks" not in found else " " * len(found)] = value
     if status["tokens_per_second"] is not None:
         found["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s"
     if status["memory_bytes"]:

@@ -2,7 +2,8 @@
 linear.py.
 
 Each is put over a module of the model (`passes.adopt`) and acts within a pass; its own forward runs elsewhere, and
-wherever something is not plain. Which formula a module follows is found by a trial on random numbers.
+wherever something is not plain. Which formula a module follows is found by a trial on random numbers. On a GPU the
+formulas of norms and gated units are compiled (`fused`): the same numbers, rounded less often.
 
 Legend: T tokens (times heads), R different ones among them, M tokens of a pass, V vocabulary, D hidden or normed size.
 """
@@ -23,6 +24,7 @@ from torch.nn import functional
 from torch.nn.functional import pad
 
 from preceptor.data.forest import PackedSequence
+from preceptor.model.compiled import run_rowwise
 from preceptor.model.numerics import random_bits, random_key
 from preceptor.model.sizes import is_dry_run
 
@@ -165,7 +167,8 @@ class EfficientGLU(nn.Module):
         unit: Any = self
         if unit.engine_state.casts is None or rest or named:
             return super().forward(x, *rest, **named)
-        return unit.down_proj(_Gated.apply(unit.gate_proj(x), unit.up_proj(x), *unit.engine_settings))
+        gate, up = unit.gate_proj(x), unit.up_proj(x)
+        return unit.down_proj(_Gated.apply(gate, up, *unit.engine_settings, is_fused(unit)))
 
 
 @torch.no_grad()
@@ -194,19 +197,30 @@ def glu_activation(module: nn.Module) -> tuple[Pointwise, Pointwise] | None:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Pointwise, act_backward: Pointwise) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, gate: Tensor, up: Tensor, act: Pointwise, act_backward: Pointwise, fused: bool = False
+    ) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act, ctx.act_backward = act, act_backward
-        return act(gate).mul_(up)
+        ctx.act, ctx.act_backward, ctx.fused = act, act_backward, fused
+        return _run(fused, _gated, gate, up, act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, up = ctx.saved_tensors
-        of_gate, of_up = ctx.needs_input_grad[:2]
-        grad_gate = ctx.act_backward(grad * up, gate) if of_gate else None
-        grad_up = ctx.act(gate).mul_(grad) if of_up else None
-        return grad_gate, grad_up, None, None
+        wanted = ctx.needs_input_grad[:2]
+        grads = _run(ctx.fused, _gated_backward, grad, *ctx.saved_tensors, ctx.act, ctx.act_backward, wanted)
+        return (*grads, None, None, None)
+
+
+def _gated(gate: Tensor, up: Tensor, act: Pointwise) -> Tensor:
+    return act(gate).mul_(up)
+
+
+def _gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, act: Pointwise, act_backward: Pointwise, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_gate = act_backward(grad * up, gate) if wanted[0] else None
+    return grad_gate, act(gate).mul_(grad) if wanted[1] else None
 
 
 # Norms ----------------------------------------------------------------------------------------------------------------
@@ -241,7 +255,7 @@ class EfficientNorm(nn.Module):
         handled = x.dtype in _HANDLED and is_plain_parameter(norm.weight) and not rest and not named
         if norm.engine_state.casts is None or not handled:
             return super().forward(x, *rest, **named)
-        return _Norm.apply(x, norm.weight, _eps(norm), norm.engine_settings)
+        return _Norm.apply(x, norm.weight, _eps(norm), norm.engine_settings, is_fused(norm))
 
 
 def root_mean_square_norm(x_TD: Tensor, weight_D: Tensor, eps: float, form: NormForm) -> Tensor:
@@ -283,36 +297,91 @@ def _agree(module: nn.Module, x_TD: Tensor, weight_D: Tensor, form: NormForm, bo
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, form: NormForm) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, form: NormForm, fused: bool = False
+    ) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
-            wide_TD = x_TD.float()
-            norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
-            root_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
-            y_TD = wide_TD * root_T1
-            if form.rounds_first:
-                y_TD = y_TD.to(x_TD.dtype).to(torch.promote_types(x_TD.dtype, weight_D.dtype)).mul_(weight_D)
-            else:
-                y_TD = y_TD.mul_(_scale(weight_D, form)).to(x_TD.dtype)
+            y_TD, root_T1 = _run(fused, _normed, x_TD, weight_D, eps, form)
         ctx.save_for_backward(x_TD, weight_D, root_T1)
-        ctx.form = form
+        ctx.form, ctx.fused = form, fused
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """With g the gradient of y and s the scale: s gets g x-hat, x gets r (g s - x-hat mean(g s x-hat))."""
-        x_TD, weight_D, root_T1 = ctx.saved_tensors
-        with torch.autocast(x_TD.device.type, enabled=False):
-            normed_TD, wide_TD, scale_D = x_TD.float() * root_T1, grad_TD.float(), _scale(weight_D, ctx.form)
-            product_TD = normed_TD * wide_TD
-            flat_TD = product_TD.flatten(0, -2)
-            grad_weight_D = flat_TD.sum(dim=0).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
-            if not ctx.needs_input_grad[0]:
-                return None, grad_weight_D, None, None
-            mean_T1 = torch.mv(flat_TD, scale_D).view_as(root_T1).mul_(-1 / x_TD.shape[-1])
-            grad_x_TD = torch.mul(wide_TD, scale_D, out=product_TD).addcmul_(normed_TD, mean_T1).mul_(root_T1)
-        return grad_x_TD.to(x_TD.dtype), grad_weight_D, None, None
+        with torch.autocast(grad_TD.device.type, enabled=False):
+            wanted = ctx.needs_input_grad[:2]
+            grads = _run(ctx.fused, _normed_backward, grad_TD, *ctx.saved_tensors, ctx.form, wanted)
+        return (*grads, None, None, None)
+
+
+def _normed(x_TD: Tensor, weight_D: Tensor, eps: float, form: NormForm) -> tuple[Tensor, Tensor]:
+    """y and r."""
+    wide_TD = x_TD.float()
+    norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
+    root_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
+    y_TD = wide_TD * root_T1
+    if form.rounds_first:
+        return y_TD.to(x_TD.dtype).to(torch.promote_types(x_TD.dtype, weight_D.dtype)).mul_(weight_D), root_T1
+    return y_TD.mul_(_scale(weight_D, form)).to(x_TD.dtype), root_T1
+
+
+def _normed_backward(
+    grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, root_T1: Tensor, form: NormForm, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """With g the gradient of y and s the scale: s gets g x-hat, x gets r (g s - x-hat mean(g s x-hat))."""
+    normed_TD, wide_TD, scale_D = x_TD.float() * root_T1, grad_TD.float(), _scale(weight_D, form)
+    product_TD = normed_TD * wide_TD
+    flat_TD = product_TD.flatten(0, -2)
+    grad_weight_D = flat_TD.sum(dim=0).to(weight_D.dtype) if wanted[1] else None
+    if not wanted[0]:
+        return None, grad_weight_D
+    mean_T1 = torch.mv(flat_TD, scale_D).view_as(root_T1).mul_(-1 / x_TD.shape[-1])
+    grad_x_TD = torch.mul(wide_TD, scale_D, out=product_TD).addcmul_(normed_TD, mean_T1).mul_(root_T1)
+    return grad_x_TD.to(x_TD.dtype), grad_weight_D
 
 
 def _scale(weight_D: Tensor, form: NormForm) -> Tensor:
     return 1.0 + weight_D.float() if form.one_more else weight_D.float()
+
+
+# Compiled formulas ----------------------------------------------------------------------------------------------------
+
+
+def is_fused(module: Any) -> bool:
+    """Whether a module's formula is compiled in this pass: as layers are, in training and whatever keeps a graph."""
+    return module.engine_state.fused and (module.training or torch.is_grad_enabled())
+
+
+def fusible(model: nn.Module) -> list[nn.Module]:
+    """One norm or gated unit of each formula, size and type of weights."""
+    found: dict[Any, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, EfficientNorm | EfficientGLU):
+            settings = module.__dict__["engine_settings"]
+            weight: Any = module.weight if isinstance(module, EfficientNorm) else None
+            found.setdefault((settings, None if weight is None else (weight.shape, weight.dtype)), module)
+    return [*found.values()]
+
+
+def fused_trial(module: Any, device: torch.device, dtype: torch.dtype, fused: bool) -> tuple[Tensor, ...]:
+    """What such a module's formula makes of random numbers, and their gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, as_dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, as_dtype).requires_grad_()
+
+    if isinstance(module, EfficientNorm):
+        weight: Any = module.weight
+        given = random(1, 7, len(weight)), random(len(weight), as_dtype=weight.dtype)
+        out = _Norm.apply(*given, _eps(module), module.engine_settings, fused)
+    else:
+        given = random(1, 7, 64), random(1, 7, 64)
+        out = _Gated.apply(*given, *module.engine_settings, fused)
+    return out.detach(), *torch.autograd.grad(out, given, random(*out.shape, as_dtype=out.dtype).detach())
+
+
+def _run(fused: bool, formula: Callable[..., Any], *given: Any) -> Any:
+    if not fused:
+        return formula(*given)
+    return run_rowwise(formula, *(each.detach() if isinstance(each, Tensor) else each for each in given))

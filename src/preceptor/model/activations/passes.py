@@ -148,6 +148,11 @@ class ModelState:
         return "compile" in self.optimisations
 
     @property
+    def fused(self) -> bool:
+        """Whether norms, gated units and loss are compiled one by one, where layers are not; when: as `compiles`."""
+        return "fused" in self.optimisations
+
+    @property
     def attention(self) -> str:
         """The implementation in force within a pass."""
         return outside_graphs() if self.compiles else IMPLEMENTATION
