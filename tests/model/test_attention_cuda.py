@@ -4,11 +4,13 @@ So masks, scores, arguments and the choice between the kernels are tested; the k
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 
 import numpy as np
 import pytest
 import torch
+from flash import flash, old_flash
 from test_attention import FEATURES, error, forest_sequence, naive, outputs_and_grads, tensors
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.attention import varlen
@@ -16,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex_function
 
 from preceptor.data.forest import pack_trees
+from preceptor.model import compiled
 from preceptor.model.attention import cuda, runs
 from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
 from preceptor.model.attention.layout import AttentionOptions, ForestLayout, dense_mask
@@ -26,36 +29,6 @@ from tiny import MODELS, branching, chain, tiny_model
 
 FLEX_MODULE = sys.modules["torch.nn.attention.flex_attention"]
 H, K, D = 4, 2, 8
-
-
-def flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False):
-    """Sequence by sequence: query i of Q stands beside key i + P - Q of P and sees `left` keys before it and no later
-    one; -1: all before it. (Q, H, D), (P, K, D), (P, K, D) -> (Q, H, D)."""
-    left, right = window_size
-    assert right == 0 and query.dtype == key.dtype == value.dtype
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
-    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and cu_seq_q[0] == cu_seq_k[0] == 0
-    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
-    assert enable_gqa == (query.shape[1] != key.shape[1]) and key.shape == value.shape
-    assert query.stride(2) == key.stride(2) == value.stride(2) == 1
-    groups = query.shape[1] // key.shape[1]
-    outputs = []
-    for q0, q1, k0, k1 in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
-        query_i, key_j, value_j = query[q0:q1], key[k0:k1], value[k0:k1]
-        scores = torch.einsum("ihd,jhd->hij", query_i, key_j.repeat_interleave(groups, 1)) * scale
-        i = torch.arange(len(query_i))[:, None] + len(key_j) - len(query_i)
-        j = torch.arange(len(key_j))[None, :]
-        visible = (j <= i) & ((j >= i - left) if left >= 0 else True)
-        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
-        outputs.append(torch.einsum("hij,jhd->ihd", weights, value_j.repeat_interleave(groups, 1)))
-    return torch.cat(outputs)
-
-
-def old_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """As torch 2.11 has it: heads are grouped without a word."""
-    grouped = query.shape[1] != key.shape[1]
-    sizes = (cu_seq_q, cu_seq_k, max_q, max_k)
-    return flash(query, key, value, *sizes, scale=scale, window_size=window_size, enable_gqa=grouped)
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +253,34 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
     assert num_graphs[1] == num_graphs[-1] <= 8
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_flex_compiles_for_every_soft_cap_in_every_thread(monkeypatch):
+    """Traced as on CUDA, up to the kernels. A soft-cap that torch makes a variable has no backward; settings are a
+    thread's own, and layers run again in the thread of backward."""
+    limits = []
+
+    def backend(graph, inputs):
+        limits.append(torch._dynamo.config.recompile_limit)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    flex = cuda._flex.__wrapped__("cuda")
+    monkeypatch.setattr(cuda, "_flex", lambda _: flex)
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
+    before = torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float
+
+    def compare(softcap):
+        features = {"softcap": softcap, "window": 5}
+        found, true = (outputs_and_grads(each, layout, torch.float64, features) for each in (attend_flex, naive))
+        return max(error(one, other) for one, other in zip(found, true, strict=True))
+
+    errors = [compare(softcap) for softcap in (1.5, 3.0)]
+    with ThreadPoolExecutor(1) as thread:
+        errors += thread.map(compare, (1.5, 7.0))
+    assert max(errors) < 1e-13 and len(limits) == 3 and min(limits) >= cuda._MOST_FORMS
+    assert before == (torch._dynamo.config.recompile_limit, torch._dynamo.config.specialize_float)
+
+
 def test_a_sequence_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda, monkeypatch):
     made = []
     monkeypatch.setattr(cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window))
@@ -326,7 +327,7 @@ def test_flex_is_compiled_once_and_on_cuda_only(monkeypatch):
     try:
         assert cuda._flex("cpu") is flex_function and asked == []
         assert cuda._flex("cuda") is cuda._flex("cuda") is not flex_function
-        assert asked == [{"fullgraph": True}] and torch._dynamo.config.recompile_limit >= 32
+        assert asked == [{"backend": "inductor", "fullgraph": True}]
     finally:
         cuda._flex.cache_clear()
     assert cuda._softcapped(2.5) is cuda._softcapped(2.5)

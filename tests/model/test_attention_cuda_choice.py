@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from flash import flash, old_flash
 from test_attention import forest_sequence
-from test_attention_cuda import chains_sequence, flash, old_flash
+from test_attention_cuda import chains_sequence
 
 from preceptor.model.attention import cuda
 from preceptor.model.attention.cuda import attend_varlen, fast_path

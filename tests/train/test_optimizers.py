@@ -1,11 +1,14 @@
 """Optimizers beside fused AdamW, weights in bfloat16, and what each keeps."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +112,26 @@ def test_a_host_without_room_for_the_states_is_said_before_the_first_step(monkey
     require_host_memory(built(tiny_model("llama"), "adamw"), 2)
     with pytest.raises(ModelError, match=r"available\. Set optimizer.name: adamw_8bit"):
         require_host_memory(optimizer, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "needed"),
+    [  # what torch's allocator takes for the tensors of one weight: the next power of two of each
+        ("adamw", (3, 100), 2 * 2048 + 1024),
+        ("adamw", (128,), 2 * 512 + 256),
+        ("adamw_8bit", (3, 100), 2 * (512 + 16) + 1024),
+        ("adafactor", (3, 100), 16 + 512 + 1024),
+        ("sgd", (3, 100), 2048 + 1024),
+    ],
+)
+def test_states_in_pinned_memory_are_counted_as_torch_allocates_them(name, shape, needed, monkeypatch):
+    optimizer = built(nn.ParameterList([torch.zeros(shape, dtype=HALF)]), name, rounding="exact", offload=True)
+    weight = SimpleNamespace(shape=shape, dtype=HALF, device=torch.device("cuda"))
+    optimizer.param_groups[0]["params"] = [weight]
+    for available in (needed, needed - 1):
+        monkeypatch.setattr("preceptor.train.optimizer.host_memory_bytes", lambda free=available: (10**12, free))
+        with nullcontext() if available == needed else pytest.raises(ModelError, match="Set optimizer"):
+            require_host_memory(optimizer)
 
 
 def test_a_run_offloads_from_another_device_alone():

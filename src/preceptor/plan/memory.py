@@ -42,17 +42,24 @@ def rule_of(optimizer: OptimizerName, shape: tuple[int, ...], in_layer: bool) ->
     return "adamw" if optimizer in ("muon", "adamw_8bit") and not matrix else optimizer
 
 
-def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
-    """State of one weight under a rule: adamw two means, muon and sgd one, adafactor those of rows and columns."""
+def state_tensors(rule: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Bytes of each tensor in the state of one weight under a rule: adamw has two means, muon and sgd one, adafactor
+    those of rows and columns.
+    """
     count = math.prod(shape)
     if len(shape) < 2:
-        return FLOAT32 * count * (1 if rule in ("adafactor", "sgd") else 2)
+        return (FLOAT32 * count,) * (1 if rule in ("adafactor", "sgd") else 2)
     rows = count // max(1, shape[-1])
     if rule == "adamw_8bit":
-        return 2 * (count + FLOAT32 * rows * -(-shape[-1] // BLOCK))
+        return (count, FLOAT32 * rows * -(-shape[-1] // BLOCK)) * 2
     if rule == "adafactor":
-        return FLOAT32 * (rows + count // max(1, shape[-2]))
-    return FLOAT32 * count * (2 if rule == "adamw" else 1)
+        return FLOAT32 * rows, FLOAT32 * (count // max(1, shape[-2]))
+    return (FLOAT32 * count,) * (2 if rule == "adamw" else 1)
+
+
+def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
+    """State of one weight under a rule."""
+    return sum(state_tensors(rule, shape))
 
 
 def quantized_bytes(kind: Quantization, double: bool, shape: tuple[int, ...]) -> int:

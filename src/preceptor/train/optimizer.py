@@ -17,7 +17,7 @@ from preceptor.model.numerics import require_close
 from preceptor.model.parts import decoder_layers, matches, require_factors_fit
 from preceptor.model.sharding import own_part
 from preceptor.plan.devices import host_memory_bytes
-from preceptor.plan.memory import BLOCK, LOW, OptimizerName, optimizer_bytes, rule_of, weight_update_bytes
+from preceptor.plan.memory import BLOCK, LOW, OptimizerName, rule_of, state_tensors, weight_update_bytes
 from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit, narrow, torch_rule
 from preceptor.world import ONE, World
 
@@ -165,7 +165,8 @@ def require_host_memory(optimizer: torch.optim.Optimizer, processes: int = 1) ->
     available = host_memory_bytes()[1]
     if not offloads(optimizer) or available is None:
         return
-    needed = expected_state_bytes(optimizer) * processes
+    tensors = _state_tensors(optimizer)
+    needed = sum(_in_host_memory(each, p.device) for p, own in tensors for each in own) * processes
     if needed > available:
         raise ModelError(
             f"optimizer.offload: the states take {needed / 1e9:.2f} GB of this machine's memory, and "
@@ -173,15 +174,26 @@ def require_host_memory(optimizer: torch.optim.Optimizer, processes: int = 1) ->
         )
 
 
+def _in_host_memory(num_bytes: int, device: torch.device) -> int:
+    """What a tensor that a device copies from takes there: torch rounds pinned memory up to powers of two."""
+    return 1 << (num_bytes - 1).bit_length() if device.type == "cuda" else num_bytes
+
+
 def expected_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of the states, which are made in the first step; of a sharded model those of all processes."""
-    parameters = ((group["rule"], p) for group in optimizer.param_groups for p in group["params"])
-    return sum(_state_bytes(optimizer, rule, p, tuple(p.shape)) for rule, p in parameters)
+    return sum(sum(own) for _, own in _state_tensors(optimizer))
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer, rule: str, p: Tensor, shape: tuple[int, ...]) -> int:
+def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Each trained weight, and the bytes of each tensor of its state."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p, _tensors_of(optimizer, group["rule"], p, tuple(p.shape))
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer, rule: str, p: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     exact = isinstance(optimizer, WeightwiseOptimizer) and optimizer.rounding == "exact" and p.dtype == torch.bfloat16
-    return optimizer_bytes(rule, shape) + LOW * math.prod(shape) * exact
+    return (*state_tensors(rule, shape), *([LOW * math.prod(shape)] if exact else []))
 
 
 def optimizer_memory(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -194,7 +206,7 @@ def optimizer_memory(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         rule = group["rule"]
         for p in group["params"]:
             shape, half = tuple(own_part(p).shape), p.dtype == torch.bfloat16
-            own = _state_bytes(optimizer, rule, p, shape)
+            own = sum(_tensors_of(optimizer, rule, p, shape))
             narrow = half and p.grad_dtype != torch.float32
             update = weight_update_bytes(rule, shape, p.device.type, half, narrow, rounding)
             states, most = states + own * (not offloaded), max(most, update + own * offloaded)

@@ -33,6 +33,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
 from preceptor.errors import PreceptorError, first_line, is_out_of_memory
+from preceptor.model import compiled
 from preceptor.model.attention.layout import (
     AttentionOptions,
     ForestLayout,
@@ -42,7 +43,6 @@ from preceptor.model.attention.layout import (
     path_lengths,
     product_dtype,
 )
-from preceptor.model.compiled import watch
 from preceptor.model.sizes import device_type_of, is_dry_run
 
 Attend = Callable[..., Tensor]
@@ -276,17 +276,24 @@ def _flex(device_type: str) -> Callable[..., Any]:
     """Flex compiled once, on CUDA; elsewhere, for tests, as it is: the scores written out.
 
     Each form (with a window, with sinks, without gradients) is traced for the first length and, at the second, for all
-    lengths. Not `dynamic=True`: it makes soft-cap and window variables too, and then the backward of
-    soft-cap fails (torch 2.13). `fullgraph`: what cannot be compiled is an error, never T x T scores; those would give
-    soft-cap a wrong gradient under activation checkpointing besides, as it is traced among the layer's saved tensors.
+    lengths. Not `dynamic=True`: it makes soft-cap and window variables too, and then the backward of soft-cap fails
+    (torch 2.11 to 2.13). So it does at the second soft-cap of a process without `specialize_float`. `fullgraph`: what
+    cannot be compiled is an error, never T x T scores; those would give soft-cap a wrong gradient under activation
+    checkpointing besides, as it is traced among the layer's saved tensors.
     """
-    flex: Callable[..., Any] = flex_attention
     if device_type != "cuda":
-        return flex
-    watch()
+        return cast(Callable[..., Any], flex_attention)
+    compiled.watch()
     settings: Any = import_module("torch._dynamo").config
-    settings.recompile_limit = max(settings.recompile_limit, _MOST_FORMS)
-    return torch.compile(flex, fullgraph=True)
+    flex: Callable[..., Any] = torch.compile(flex_attention, backend=compiled.BACKEND, fullgraph=True)
+
+    def run(*tensors: Tensor, **named: Any) -> Any:
+        """With settings of this thread: each has its own, and layers run again in the one of backward."""
+        limit = max(settings.recompile_limit, _MOST_FORMS)
+        with settings.patch(specialize_float=True, recompile_limit=limit):
+            return flex(*tensors, **named)
+
+    return run
 
 
 def _flex_without_values(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> tuple[Tensor, AuxOutput]:
