@@ -194,6 +194,8 @@ FACTORY = "llamafactory-cli train --stage sft --model_name_or_path m --dataset d
         (f"{SFT} > log.txt\n", []),
         (f"nohup {SFT} &> 'the log.txt' &\n", []),
         (f"if [ -d x ]; then {SFT}; fi\n", []),
+        (f"python -m pip install -r requirements.txt\n{SFT.replace('trl sft', 'python run_clm.py')}\n", []),
+        (f"python data.py --to d\n{SFT.replace('trl sft', 'python run_clm.py')}\n", ["python data.py"]),
         (f"python -m torch.distributed.run -m trl.scripts.{SFT.removeprefix('trl ')}\n", []),
     ],
 )
@@ -218,6 +220,7 @@ def test_flags_of_a_script_after_training_are_none_of_training(tmp_path):
         f"{FACTORY} && {FACTORY}",
         "python a.py --x 1\npython b.py --x 2\n",
         "python a.py --x 1\npython $RUN --model_id m\n",
+        "python train.py --output_dir o\npython eval.py --model_name_or_path o\n",
     ],
 )
 def test_which_of_several_commands_trains_is_not_guessed(tmp_path, text):
@@ -235,6 +238,91 @@ def test_processes_of_a_module_count(tmp_path):
     text = "torchrun --nproc_per_node 4 -m trl.scripts.sft --model_name_or_path m --max_steps 100 >log.txt\n"
     found = converted(tmp_path, text, "a.sh")
     assert found.tree["train"]["batch_size"] == 32 and found.tree["train"]["duration"] == "100 steps"
+
+
+FLAGS = ["--model_name_or_path m", "--learning_rate 2e-5", "--output_dir out/sft", "--max_steps 7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("args.txt", "\n".join(FLAGS) + "\n"),
+        ("args.txt", "\n".join(FLAGS).replace(" ", "\n")),
+        ("a.sh", "trl sft \\\n" + " \\ \n".join(FLAGS)),
+        ("a.sh", "trl sft \\\n" + "\n    ".join(FLAGS)),
+        ("a.sh", "args=(\n" + "\n".join(FLAGS) + '\n)\ntrl sft "${args[@]}"\n'),
+        ("a.sh", f"args=(sft {FLAGS[0]})\nargs+=({' '.join(FLAGS[1:])})\ntrl ${{args[@]}}\n"),
+        ("a.sh", f'ARGS="{FLAGS[0]} {FLAGS[1]}"\nexport ARGS="$ARGS {FLAGS[2]}"\ntrl sft $ARGS {FLAGS[3]}\n'),
+    ],
+)
+def test_flags_on_lines_of_their_own_and_in_variables_are_read(tmp_path, name, text):
+    found = converted(tmp_path, text, name)
+    assert (found.tree["model"]["path"], found.tree["out"]) == ("m", "out/sft")
+    assert (found.tree["optimizer"]["learning_rate"], found.tree["train"]["duration"]) == (2e-5, "7 steps")
+    assert not [why for _, why in found.notes if "variable" in why or "another command" in why]
+    if "args=(" in text:
+        with pytest.raises(ConfigError, match="another task"):
+            converted(tmp_path, text.replace("trl sft", "trl dpo").replace("(sft ", "(dpo "), name)
+
+
+def test_flags_in_variables_that_are_not_read_are_named(tmp_path):
+    found = converted(tmp_path, f"MORE='--max_steps 7'\n{SFT}\neval \"echo $MORE\"\n", "a.sh")
+    assert "no command names" in notes_of(found)["MORE"]
+    assert notes_of(converted(tmp_path, SFT.replace("sft", "sft $MORE"), "a.sh"))["$MORE"] == "a variable of the shell"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "batch_size"),
+    [
+        ("python -m accelerate.commands.launch --num_processes 8 train.py", 16),
+        ("numactl -m 0 torchrun --nproc_per_node 4 train.py", 8),
+        ("PYTHONPATH=. numactl -m 0 python train.py", 2),
+        ("python3 -m torch.distributed.run --nproc_per_node 2 -m own.train", 4),
+        ("accelerate launch --num_processes 2 -m trl.cli sft", 4),
+        ("python -m debugpy --listen 5678 train.py", 2),
+        ("$PYTHON -m trl.scripts.sft", 2),
+    ],
+)
+def test_what_a_launcher_starts_is_found(tmp_path, launcher, batch_size):
+    found = converted(tmp_path, f"{launcher} --model_name_or_path m --per_device_train_batch_size 2\n", "a.sh")
+    assert found.tree["model"]["path"] == "m" and found.tree["train"]["batch_size"] == batch_size
+    assert not [why for _, why in found.notes if "not known" in why]
+
+
+@pytest.mark.parametrize(
+    "command", ["python -m deepspeed.launcher.runner --num_gpus 4 dpo_train.py", "python -m trl.cli dpo", "trl dpo"]
+)
+def test_another_task_is_refused_behind_a_launcher(tmp_path, command):
+    with pytest.raises(ConfigError, match="another task"):
+        converted(tmp_path, f"{command} --model_name_or_path m\n", "a.sh")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{SFT}\nHF_TOKEN=hf_x1 python merge.py --model out\n",
+        f"{SFT}\nhf --token hf_x1 upload.py --model out\n",
+        f"{SFT}\n--hf_token=hf_x1\n",
+        f"{SFT} --hf_token $hf_x1\n",
+        "HF_TOKEN=hf_x1 python a.py --model m\nHF_TOKEN=hf_x1 python b.py --hf_token hf_x1 --model m\n",
+        "A_KEY=hf_x1 B_KEY=hf_x1 a --model m\nhf_x=hf_x1 b --token=hf_x1 --model m\n",
+    ],
+)
+def test_no_token_of_a_command_is_copied(tmp_path, text):
+    try:
+        said = converted(tmp_path, text, "a.sh").text("a.sh")
+    except ConfigError as error:
+        said = str(error)
+    assert "hf_x1" not in said and ("another command" in said or "several commands" in said or "hf_token" in said)
+
+
+def test_no_token_of_a_file_is_copied():
+    found = of("TRL", wandb_api_key="hf_x1", odd={"token": "hf_x1", "other": 1})
+    assert "hf_x1" not in found.text("a.yaml") and {"wandb_api_key", "odd"} <= notes_of(found).keys()
+    found = of("Axolotl", datasets=[{"path": "a/b", "hf_token": "hf_x1"}])
+    assert "hf_x1" not in found.text("a.yaml") and "data.train hf_token" in notes_of(found)
+    found = of("torchtune", optimizer={"_component_": "torch.optim.AdamW", "api_key": "hf_x1"})
+    assert "hf_x1" not in found.text("a.yaml") and "optimizer.api_key" in notes_of(found)
 
 
 def test_a_value_of_several_lines_breaks_no_comment(tmp_path):

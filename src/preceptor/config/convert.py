@@ -16,6 +16,7 @@ from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
 from preceptor.config.peer_training import set_adapter, set_moments, set_optimizer, set_training, trains_adapter
 from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
+from preceptor.config.python_source import public
 from preceptor.config.run import Run, Tracker
 from preceptor.errors import short
 
@@ -187,7 +188,7 @@ def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
             given.note(key, NO_COUNTERPART[key])
         else:
             what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
-            given.note(key, f"{short(value)}: {what}")
+            given.note(key, f"{public(key, value)}: {what}")
     for sentence in unread:
         key, _, why = sentence.partition(": ")
         given.note(key, why)

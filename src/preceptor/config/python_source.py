@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, short
 
 _AS_DICT = ("dict", "BitsAndBytesConfig")
 _HALF = ("is_bfloat16_supported", "is_bf16_supported")
@@ -278,3 +278,8 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_secrets(each) for key, each in value.items() if not SECRET.search(str(key))}
     return value
+
+
+def public(key: str, value: Any) -> str:
+    """The value of a key as it may be shown, without tokens and keys of services."""
+    return "..." if SECRET.search(key) else short(without_secrets(value))
