@@ -125,7 +125,10 @@ def _set_model(given: Conversion) -> None:
             given.set("model.dtype", "bfloat16")
         else:
             _set_half_weights(given, "dtype")
-    elif dtype not in ("", "auto", "float32", "fp32"):
+    elif dtype == "auto":
+        if "dtype" not in given.tree.get("model", {}):
+            given.note("dtype", "auto: the type of the files there; here float32: set model.dtype")
+    elif dtype not in ("", "float32", "fp32"):
         given.not_offered("dtype", f"{dtype} is not offered: bfloat16 or float32")
 
 
