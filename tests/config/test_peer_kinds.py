@@ -156,6 +156,8 @@ def test_a_file_that_trains_and_then_predicts_is_one_of_training(tmp_path):
 def test_a_remark_in_a_command_is_none_of_its_values(tmp_path):
     found = converted(tmp_path, "trl sft --model_name_or_path m --num_processes 2 # or more\n", "a.sh")
     assert found.tree["train"]["batch_size"] == 16
+    found = converted(tmp_path, "trl sft --model_name_or_path m `# its name` \\\n --max_steps 7 `#few`\n", "a.sh")
+    assert found.tree["model"]["path"] == "m" and found.tree["train"]["duration"] == "7 steps"
 
 
 def test_a_command_that_names_a_file_of_settings(tmp_path):
@@ -596,7 +598,12 @@ def test_null_is_no_clipping_where_it_is_a_value(peer):
         ("Axolotl", {"bf16": False, "fp16": False}, "float32"),
         ("Axolotl", {"bf16": None}, "float32"),
         ("Axolotl", {"bf16": False, "fp16": True}, "bfloat16"),
-        ("LLaMA-Factory", {"bf16": False}, None),  # its default
+        ("LLaMA-Factory", {"bf16": False}, None),  # an adapter, on a base in the type of its files
+        ("LLaMA-Factory", {"finetuning_type": "full"}, "float32"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "bf16": False, "fp16": False}, "float32"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "bf16": True}, "bfloat16"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "fp16": True}, "bfloat16"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "pure_bf16": True}, "bfloat16"),
         ("torchtune", {"dtype": "fp32"}, "float32"),
         ("torchtune", {"dtype": "bf16"}, "bfloat16"),
     ],
@@ -605,10 +612,28 @@ def test_a_type_that_is_switched_off_is_float32(peer, settings, precision):
     assert of(peer, **settings).tree["train"].get("precision") == precision
 
 
-@pytest.mark.parametrize(("peer", "key"), [("torchtune", "shuffle"), ("Axolotl", "shuffle_merged_datasets")])
-def test_an_order_that_is_not_drawn_is_named(peer, key):
-    assert "the order of the file there" in notes_of(of(peer, **{key: False}))[key]
-    assert notes_of(of(peer, **{key: True}))[key].endswith("nothing to set")
+@pytest.mark.parametrize(
+    ("peer", "key", "drawn", "not_drawn"),
+    [
+        ("torchtune", "shuffle", True, False),
+        ("Axolotl", "shuffle_merged_datasets", True, False),
+        ("TRL", "train_sampling_strategy", "random", "sequential"),
+        ("LLaMA-Factory", "train_sampling_strategy", "random", "sequential"),
+        ("LLaMA-Factory", "disable_shuffling", None, True),
+    ],
+)
+def test_an_order_that_is_not_drawn_is_named(peer, key, drawn, not_drawn):
+    said = [why for name, why in of(peer, **{key: not_drawn}).notes if name == key]
+    assert len(said) == 1 and said[0].startswith(f"{str(not_drawn).lower()}: the order of the file there")
+    assert notes_of(of(peer, **{key: drawn})).get(key, "nothing to set").endswith("nothing to set")
+
+
+def test_a_mean_of_each_device_is_named():
+    assert notes_of(of("TRL", average_tokens_across_devices=False))["average_tokens_across_devices"].startswith(
+        "false: "
+    )
+    found = notes_of(of("TRL", average_tokens_across_devices=True))["average_tokens_across_devices"]
+    assert found.endswith("nothing to set")
 
 
 def test_reasoning_that_is_switched_off():
@@ -635,6 +660,24 @@ def test_what_runs_instead_of_a_schedule_that_is_not_offered(name):
     found = of("TRL", lr_scheduler_type=name)
     assert (found.tree["optimizer"]["lr_scheduler"], found.tree["optimizer"]["min_lr_ratio"]) == ("cosine", 0.0)
     assert "it is cosine here, down to 0" in notes_of(found)["lr_scheduler_type"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "given"),
+    [("TRL", {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}), ("Axolotl", {"cosine_min_lr_ratio": 0.1})],
+)
+def test_the_last_share_of_the_rate_that_runs_instead_is_that_of_the_file(peer, given):
+    found = of(peer, lr_scheduler="rex", **given)
+    assert found.tree["optimizer"]["min_lr_ratio"] == 0.1
+    assert "it is cosine here, down to 0.1 of the rate" in notes_of(found)["lr_scheduler_type"]
+
+
+@pytest.mark.parametrize("switch", ["relora", "use_qalora"])
+def test_settings_of_a_variant_of_lora_say_nothing_without_its_switch(switch):
+    settings = {"relora_steps": 150, "relora_prune_ratio": 0.9, "qalora_group_size": 16}
+    off, on = (of("Axolotl", **settings, **{switch: value}) for value in (False, True))
+    assert not off.unoffered and {**settings}.keys() <= notes_of(off).keys()
+    assert [key for key, _ in on.unoffered] == [switch]
 
 
 def test_what_is_trained_instead_of_an_adapter_that_is_not_offered():

@@ -226,6 +226,21 @@ def test_absent_arguments_have_the_values_of_their_class(tmp_path, call, rate, m
     assert not {"logging_steps", "optim"} & dict(found.notes).keys()
 
 
+@pytest.mark.parametrize(
+    ("call", "precision"),
+    [
+        ("TrainingArguments('o')", "float32"),
+        ("TrainingArguments('o', bf16=True)", "bfloat16"),
+        ("TrainingArguments('o', fp16=True)", "bfloat16"),
+        ("TrainingArguments('o', bf16=asked())", None),
+        ("SFTConfig('o')", None),
+    ],
+)
+def test_the_precision_that_is_absent_is_that_of_its_class(tmp_path, call, precision):
+    found = converted(tmp_path, f"SFTTrainer('m', args={call}, train_dataset=load_dataset('a/b'))\n")
+    assert found.tree["train"].get("precision") == precision
+
+
 def test_unsloths_values_are_not_those_of_training_arguments(tmp_path):
     text = UNSLOTH.replace("args = SFTConfig", "args = TrainingArguments").replace('optim = "adamw_8bit",', "")
     found = converted(tmp_path, text.replace("weight_decay = 0.01,", "").replace("warmup_steps = 5,", ""))

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from preceptor.config import torchtune, unsloth
 from preceptor.config.peer_data import data_section
-from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS_OFF, TRAINER
+from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
@@ -181,11 +181,12 @@ def _set_trackers(given: Conversion) -> None:
 def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
     """Keys that nothing has read, with the reason; those that are off say nothing."""
     for key, value in given.settings.items():
-        if value is False and key in SPEAKS_OFF:
-            given.note(key, SPEAKS_OFF[key])
-        if key in given.used or value in OFF:
+        own = str(value).lower()
+        if (said := SPEAKS.get(f"{key}={own}")) is not None:
+            given.note(key, f"{own}: {said}")
+        elif key in given.used or value in OFF:
             continue
-        if key in CHANGES_TRAINING:
+        elif key in CHANGES_TRAINING:
             given.not_offered(key, NO_COUNTERPART[key])
         elif key in NO_COUNTERPART:
             given.note(key, NO_COUNTERPART[key])

@@ -88,7 +88,9 @@ def _commands(path: Path, text: str, unread: list[str]) -> list[list[str]]:
 
     unread: gets the variables that hold flags and are in no command. Raises ConfigError.
     """
-    lines = [re.sub(r"(^|\s)#\s.*", "", line) for line in text.splitlines() if not line.lstrip().startswith("#")]
+    lines = [
+        re.sub(r"(^|\s)(#\s.*|`#[^`]*`)", "", line) for line in text.splitlines() if not line.lstrip().startswith("#")
+    ]
     commands: list[list[str]] = [[]]
     array = -1  # where in the last command the name of an open one stands: `args=(`
     try:
