@@ -601,6 +601,7 @@ def test_null_is_no_clipping_where_it_is_a_value(peer):
         ("LLaMA-Factory", {"bf16": False}, None),  # an adapter, on a base in the type of its files
         ("LLaMA-Factory", {"finetuning_type": "full"}, "float32"),
         ("LLaMA-Factory", {"finetuning_type": "full", "bf16": False, "fp16": False}, "float32"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_badam": True}, None),  # trains half-precision weights
         ("LLaMA-Factory", {"finetuning_type": "full", "bf16": True}, "bfloat16"),
         ("LLaMA-Factory", {"finetuning_type": "full", "fp16": True}, "bfloat16"),
         ("LLaMA-Factory", {"finetuning_type": "full", "pure_bf16": True}, "bfloat16"),

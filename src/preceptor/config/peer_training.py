@@ -54,7 +54,8 @@ def _is_float32(given: Conversion) -> bool:
     if given.peer == "Unsloth" or (given.peer == "LLaMA-Factory" and trains_adapter(given)):  # by the model's type
         return False
     is_off = given.value("bf16") is False and given.on("fp16", "float16", "bfloat16") is None
-    return is_off and given.tree.get("model", {}).get("dtype") != "bfloat16"
+    is_half = given.tree.get("model", {}).get("dtype") == "bfloat16" or given.settings.get("use_badam")
+    return is_off and not is_half
 
 
 def _set_duration(given: Conversion) -> None:
