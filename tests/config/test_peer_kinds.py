@@ -267,9 +267,17 @@ def test_flags_on_lines_of_their_own_and_in_variables_are_read(tmp_path, name, t
             converted(tmp_path, text.replace("trl sft", "trl dpo").replace("(sft ", "(dpo "), name)
 
 
+def test_an_apostrophe_in_a_variable_ends_no_conversion(tmp_path):
+    text = f'SAID="it\'s on"\nNAME="--run_name it\'s"\nARGS+=(--max_steps 7)\n{SFT} $ARGS $NAME\n'
+    assert converted(tmp_path, text, "a.sh").tree["train"]["duration"] == "7 steps"
+
+
 def test_flags_in_variables_that_are_not_read_are_named(tmp_path):
     found = converted(tmp_path, f"MORE='--max_steps 7'\n{SFT}\neval \"echo $MORE\"\n", "a.sh")
     assert "no command names" in notes_of(found)["MORE"]
+    branches = "if [ $x ]; then ARGS='--max_steps 7'; else\nARGS='--max_steps 8'\nARGS+=' --seed 1'\nfi\n"
+    found = converted(tmp_path, f"{branches}{SFT} $ARGS\n", "a.sh")
+    assert found.tree["train"]["duration"] == "3 epochs" and "under a condition" in notes_of(found)["ARGS"]
     assert notes_of(converted(tmp_path, SFT.replace("sft", "sft $MORE"), "a.sh"))["$MORE"] == "a variable of the shell"
 
 
@@ -307,6 +315,7 @@ def test_another_task_is_refused_behind_a_launcher(tmp_path, command):
         f"{SFT}\n--hf_token=hf_x1\n",
         f"{SFT} --hf_token $hf_x1\n",
         "HF_TOKEN=hf_x1 python a.py --model m\nHF_TOKEN=hf_x1 python b.py --hf_token hf_x1 --model m\n",
+        f"{SFT}\nRUN='HF_TOKEN=hf_x1 python merge.py --model out'\n$RUN\n",
         "A_KEY=hf_x1 B_KEY=hf_x1 a --model m\nhf_x=hf_x1 b --token=hf_x1 --model m\n",
     ],
 )

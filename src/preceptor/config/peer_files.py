@@ -43,6 +43,7 @@ _NOT_STARTED = re.compile(
 """Modules that start what follows, or that train nothing."""
 _VARIABLE = re.compile(r"\$\{?(\w+)(?:\[[@*]\])?\}?")
 _DECLARES = ("declare", "export", "local", "readonly", "typeset")
+_OPENS, _GOES_ON, _CLOSES = ("if", "for", "while", "until", "case"), ("then", "else", "do"), ("fi", "done", "esac")
 _MODELS = frozenset({"model_name_or_path", "model_name", "model_id", "model", "config"})
 """Flags of which a command that trains has one."""
 
@@ -122,31 +123,47 @@ def _commands(path: Path, text: str, unread: list[str]) -> list[list[str]]:
 
 
 def _filled(commands: Sequence[list[str]], unread: list[str]) -> list[list[str]]:
-    """Commands with the flags of variables in their place (`ARGS="--max_steps 9"`), and without assignments."""
+    """Commands with the flags of variables in their place (`ARGS="--max_steps 9"`), and without assignments.
+
+    unread: gets the flags that no command names, and those that a variable has under a condition only.
+    """
     flags: dict[str, list[str]] = {}
     unused: dict[str, None] = {}
+    depth = 0  # of conditions and loops
     found: list[list[str]] = []
     for words in commands:
+        depth += (words[0] in _OPENS) - (words[0] in _CLOSES)
         filled: list[str] = []
-        for word in words:
+        for word in words[words[0] in _GOES_ON :]:
             name = own[1] if (own := _VARIABLE.fullmatch(word)) else ""
             unused.pop(name, None)
             filled += flags.get(name, [word])
-        start = next((at for at, word in enumerate(words) if not re.match(r"\w+\+?=", word)), len(words))
-        is_command = start < len(words) and words[start] not in _DECLARES
-        for name, more, value in (
-            own.groups() for word in words if not is_command and (own := re.fullmatch(r"(?s)(\w+)(\+?)=(.*)", word))
-        ):
-            held = flags.get(name, []) if more else []
-            for word in shlex.split(value):
-                variable = _VARIABLE.fullmatch(word)
-                held = [*held, *flags.get(variable[1] if variable else "", [word])]
-            if any(re.match(r"--\w", word) for word in held):
-                flags[name], unused[name] = held, None
+        start = next((at for at, word in enumerate(filled) if not re.match(r"\w+\+?=", word)), len(filled))
+        is_command = start < len(filled) and filled[start] not in _DECLARES
+        for word in () if is_command else filled:
+            own = re.fullmatch(r"(?s)(\w+)(\+?)=(.*)", word)
+            if own is None or "--" not in own[3]:
+                continue
+            if depth:
+                unread.append(f"{own[1]}: flags in a variable under a condition, left out")
+                continue
+            held = flags.get(own[1], []) if own[2] else []
+            for each in _split(own[3]):
+                name = inner[1] if (inner := _VARIABLE.fullmatch(each)) else ""
+                unused.pop(name, None)
+                held = [*held, *flags.get(name, [each])]
+            flags[own[1]], unused[own[1]] = held, None
         if is_command:
             found.append(filled[start:])
     unread += [f"{name}: flags in a variable that no command names, left out" for name in unused]
     return found
+
+
+def _split(value: str) -> list[str]:
+    try:
+        return shlex.split(value)
+    except ValueError:  # an apostrophe
+        return value.split()
 
 
 def _launched(words: Sequence[str]) -> int:
@@ -213,7 +230,7 @@ def _command(path: Path, text: str) -> PeerFile:
             unread.append(f"{Path(words[launched]).name}: {OF_IMAGES}")
     before = [word for last, word in itertools.pairwise(["", *words[: max(launched, 0)]]) if "-m" not in (last, word)]
     for word in itertools.takewhile(lambda word: not word.startswith("--"), words[launched + 1 :]):
-        if "$" in word:
+        if word.startswith("$"):
             unread.append(f"{word}: a variable of the shell")
     launcher, settings = _flags(before, []), _flags(words[launched + 1 :], unread)
     processes = launcher.get("num_processes", launcher.get("nproc_per_node"))
