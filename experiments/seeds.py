@@ -7,7 +7,7 @@ the interval is hardly narrower than from the lowest seed to the highest. The sa
 difference, but seeds apart: no two trainings are a pair.
 
 Shares are widened to the exact binomial interval of the items (intervals.py says why), differences of shares to that of
-the items that changed, each with its mean over the seeds.
+the items that changed, each with its mean over the seeds: gains and losses have each their own mean size.
 
 Legend: S seeds, I items, R resamples.
 """

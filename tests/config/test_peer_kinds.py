@@ -156,6 +156,8 @@ def test_a_file_that_trains_and_then_predicts_is_one_of_training(tmp_path):
 def test_a_remark_in_a_command_is_none_of_its_values(tmp_path):
     found = converted(tmp_path, "trl sft --model_name_or_path m --num_processes 2 # or more\n", "a.sh")
     assert found.tree["train"]["batch_size"] == 16
+    found = converted(tmp_path, "trl sft --model_name_or_path m `# its name` \\\n --max_steps 7 `#few`\n", "a.sh")
+    assert found.tree["model"]["path"] == "m" and found.tree["train"]["duration"] == "7 steps"
 
 
 def test_a_command_that_names_a_file_of_settings(tmp_path):
@@ -194,6 +196,8 @@ FACTORY = "llamafactory-cli train --stage sft --model_name_or_path m --dataset d
         (f"{SFT} > log.txt\n", []),
         (f"nohup {SFT} &> 'the log.txt' &\n", []),
         (f"if [ -d x ]; then {SFT}; fi\n", []),
+        (f"python -m pip install -r requirements.txt\n{SFT.replace('trl sft', 'python run_clm.py')}\n", []),
+        (f"python data.py --to d\n{SFT.replace('trl sft', 'python run_clm.py')}\n", ["python data.py"]),
         (f"python -m torch.distributed.run -m trl.scripts.{SFT.removeprefix('trl ')}\n", []),
     ],
 )
@@ -218,6 +222,7 @@ def test_flags_of_a_script_after_training_are_none_of_training(tmp_path):
         f"{FACTORY} && {FACTORY}",
         "python a.py --x 1\npython b.py --x 2\n",
         "python a.py --x 1\npython $RUN --model_id m\n",
+        "python train.py --output_dir o\npython eval.py --model_name_or_path o\n",
     ],
 )
 def test_which_of_several_commands_trains_is_not_guessed(tmp_path, text):
@@ -235,6 +240,100 @@ def test_processes_of_a_module_count(tmp_path):
     text = "torchrun --nproc_per_node 4 -m trl.scripts.sft --model_name_or_path m --max_steps 100 >log.txt\n"
     found = converted(tmp_path, text, "a.sh")
     assert found.tree["train"]["batch_size"] == 32 and found.tree["train"]["duration"] == "100 steps"
+
+
+FLAGS = ["--model_name_or_path m", "--learning_rate 2e-5", "--output_dir out/sft", "--max_steps 7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("args.txt", "\n".join(FLAGS) + "\n"),
+        ("args.txt", "\n".join(FLAGS).replace(" ", "\n")),
+        ("a.sh", "trl sft \\\n" + " \\ \n".join(FLAGS)),
+        ("a.sh", "trl sft \\\n" + "\n    ".join(FLAGS)),
+        ("a.sh", "args=(\n" + "\n".join(FLAGS) + '\n)\ntrl sft "${args[@]}"\n'),
+        ("a.sh", f"args=(sft {FLAGS[0]})\nargs+=({' '.join(FLAGS[1:])})\ntrl ${{args[@]}}\n"),
+        ("a.sh", f'ARGS="{FLAGS[0]} {FLAGS[1]}"\nexport ARGS="$ARGS {FLAGS[2]}"\ntrl sft $ARGS {FLAGS[3]}\n'),
+    ],
+)
+def test_flags_on_lines_of_their_own_and_in_variables_are_read(tmp_path, name, text):
+    found = converted(tmp_path, text, name)
+    assert (found.tree["model"]["path"], found.tree["out"]) == ("m", "out/sft")
+    assert (found.tree["optimizer"]["learning_rate"], found.tree["train"]["duration"]) == (2e-5, "7 steps")
+    assert not [why for _, why in found.notes if "variable" in why or "another command" in why]
+    if "args=(" in text:
+        with pytest.raises(ConfigError, match="another task"):
+            converted(tmp_path, text.replace("trl sft", "trl dpo").replace("(sft ", "(dpo "), name)
+
+
+def test_an_apostrophe_in_a_variable_ends_no_conversion(tmp_path):
+    text = f'SAID="it\'s on"\nNAME="--run_name it\'s"\nARGS+=(--max_steps 7)\n{SFT} $ARGS $NAME\n'
+    assert converted(tmp_path, text, "a.sh").tree["train"]["duration"] == "7 steps"
+
+
+def test_flags_in_variables_that_are_not_read_are_named(tmp_path):
+    found = converted(tmp_path, f"MORE='--max_steps 7'\n{SFT}\neval \"echo $MORE\"\n", "a.sh")
+    assert "no command names" in notes_of(found)["MORE"]
+    branches = "if [ $x ]; then ARGS='--max_steps 7'; else\nARGS='--max_steps 8'\nARGS+=' --seed 1'\nfi\n"
+    found = converted(tmp_path, f"{branches}{SFT} $ARGS\n", "a.sh")
+    assert found.tree["train"]["duration"] == "3 epochs" and "under a condition" in notes_of(found)["ARGS"]
+    assert notes_of(converted(tmp_path, SFT.replace("sft", "sft $MORE"), "a.sh"))["$MORE"] == "a variable of the shell"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "batch_size"),
+    [
+        ("python -m accelerate.commands.launch --num_processes 8 train.py", 16),
+        ("numactl -m 0 torchrun --nproc_per_node 4 train.py", 8),
+        ("PYTHONPATH=. numactl -m 0 python train.py", 2),
+        ("python3 -m torch.distributed.run --nproc_per_node 2 -m own.train", 4),
+        ("accelerate launch --num_processes 2 -m trl.cli sft", 4),
+        ("python -m debugpy --listen 5678 train.py", 2),
+        ("$PYTHON -m trl.scripts.sft", 2),
+    ],
+)
+def test_what_a_launcher_starts_is_found(tmp_path, launcher, batch_size):
+    found = converted(tmp_path, f"{launcher} --model_name_or_path m --per_device_train_batch_size 2\n", "a.sh")
+    assert found.tree["model"]["path"] == "m" and found.tree["train"]["batch_size"] == batch_size
+    assert not [why for _, why in found.notes if "not known" in why]
+
+
+@pytest.mark.parametrize(
+    "command", ["python -m deepspeed.launcher.runner --num_gpus 4 dpo_train.py", "python -m trl.cli dpo", "trl dpo"]
+)
+def test_another_task_is_refused_behind_a_launcher(tmp_path, command):
+    with pytest.raises(ConfigError, match="another task"):
+        converted(tmp_path, f"{command} --model_name_or_path m\n", "a.sh")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{SFT}\nHF_TOKEN=hf_x1 python merge.py --model out\n",
+        f"{SFT}\nhf --token hf_x1 upload.py --model out\n",
+        f"{SFT}\n--hf_token=hf_x1\n",
+        f"{SFT} --hf_token $hf_x1\n",
+        "HF_TOKEN=hf_x1 python a.py --model m\nHF_TOKEN=hf_x1 python b.py --hf_token hf_x1 --model m\n",
+        f"{SFT}\nRUN='HF_TOKEN=hf_x1 python merge.py --model out'\n$RUN\n",
+        "A_KEY=hf_x1 B_KEY=hf_x1 a --model m\nhf_x=hf_x1 b --token=hf_x1 --model m\n",
+    ],
+)
+def test_no_token_of_a_command_is_copied(tmp_path, text):
+    try:
+        said = converted(tmp_path, text, "a.sh").text("a.sh")
+    except ConfigError as error:
+        said = str(error)
+    assert "hf_x1" not in said and ("another command" in said or "several commands" in said or "hf_token" in said)
+
+
+def test_no_token_of_a_file_is_copied():
+    found = of("TRL", wandb_api_key="hf_x1", odd={"token": "hf_x1", "other": 1})
+    assert "hf_x1" not in found.text("a.yaml") and {"wandb_api_key", "odd"} <= notes_of(found).keys()
+    found = of("Axolotl", datasets=[{"path": "a/b", "hf_token": "hf_x1"}])
+    assert "hf_x1" not in found.text("a.yaml") and "data.train hf_token" in notes_of(found)
+    found = of("torchtune", optimizer={"_component_": "torch.optim.AdamW", "api_key": "hf_x1"})
+    assert "hf_x1" not in found.text("a.yaml") and "optimizer.api_key" in notes_of(found)
 
 
 def test_a_value_of_several_lines_breaks_no_comment(tmp_path):
@@ -508,7 +607,13 @@ def test_null_is_no_clipping_where_it_is_a_value(peer):
         ("Axolotl", {"bf16": False, "fp16": False}, "float32"),
         ("Axolotl", {"bf16": None}, "float32"),
         ("Axolotl", {"bf16": False, "fp16": True}, "bfloat16"),
-        ("LLaMA-Factory", {"bf16": False}, None),  # its default
+        ("LLaMA-Factory", {"bf16": False}, None),  # an adapter, on a base in the type of its files
+        ("LLaMA-Factory", {"finetuning_type": "full"}, "float32"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "bf16": False, "fp16": False}, "float32"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "use_badam": True}, None),  # trains half-precision weights
+        ("LLaMA-Factory", {"finetuning_type": "full", "bf16": True}, "bfloat16"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "fp16": True}, "bfloat16"),
+        ("LLaMA-Factory", {"finetuning_type": "full", "pure_bf16": True}, "bfloat16"),
         ("torchtune", {"dtype": "fp32"}, "float32"),
         ("torchtune", {"dtype": "bf16"}, "bfloat16"),
     ],
@@ -517,10 +622,28 @@ def test_a_type_that_is_switched_off_is_float32(peer, settings, precision):
     assert of(peer, **settings).tree["train"].get("precision") == precision
 
 
-@pytest.mark.parametrize(("peer", "key"), [("torchtune", "shuffle"), ("Axolotl", "shuffle_merged_datasets")])
-def test_an_order_that_is_not_drawn_is_named(peer, key):
-    assert "the order of the file there" in notes_of(of(peer, **{key: False}))[key]
-    assert notes_of(of(peer, **{key: True}))[key].endswith("nothing to set")
+@pytest.mark.parametrize(
+    ("peer", "key", "drawn", "not_drawn"),
+    [
+        ("torchtune", "shuffle", True, False),
+        ("Axolotl", "shuffle_merged_datasets", True, False),
+        ("TRL", "train_sampling_strategy", "random", "sequential"),
+        ("LLaMA-Factory", "train_sampling_strategy", "random", "sequential"),
+        ("LLaMA-Factory", "disable_shuffling", None, True),
+    ],
+)
+def test_an_order_that_is_not_drawn_is_named(peer, key, drawn, not_drawn):
+    said = [why for name, why in of(peer, **{key: not_drawn}).notes if name == key]
+    assert len(said) == 1 and said[0].startswith(f"{str(not_drawn).lower()}: the order of the file there")
+    assert notes_of(of(peer, **{key: drawn})).get(key, "nothing to set").endswith("nothing to set")
+
+
+def test_a_mean_of_each_device_is_named():
+    assert notes_of(of("TRL", average_tokens_across_devices=False))["average_tokens_across_devices"].startswith(
+        "false: "
+    )
+    found = notes_of(of("TRL", average_tokens_across_devices=True))["average_tokens_across_devices"]
+    assert found.endswith("nothing to set")
 
 
 def test_reasoning_that_is_switched_off():
@@ -547,6 +670,24 @@ def test_what_runs_instead_of_a_schedule_that_is_not_offered(name):
     found = of("TRL", lr_scheduler_type=name)
     assert (found.tree["optimizer"]["lr_scheduler"], found.tree["optimizer"]["min_lr_ratio"]) == ("cosine", 0.0)
     assert "it is cosine here, down to 0" in notes_of(found)["lr_scheduler_type"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "given"),
+    [("TRL", {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}), ("Axolotl", {"cosine_min_lr_ratio": 0.1})],
+)
+def test_the_last_share_of_the_rate_that_runs_instead_is_that_of_the_file(peer, given):
+    found = of(peer, lr_scheduler="rex", **given)
+    assert found.tree["optimizer"]["min_lr_ratio"] == 0.1
+    assert "it is cosine here, down to 0.1 of the rate" in notes_of(found)["lr_scheduler_type"]
+
+
+@pytest.mark.parametrize("switch", ["relora", "use_qalora"])
+def test_settings_of_a_variant_of_lora_say_nothing_without_its_switch(switch):
+    settings = {"relora_steps": 150, "relora_prune_ratio": 0.9, "qalora_group_size": 16}
+    off, on = (of("Axolotl", **settings, **{switch: value}) for value in (False, True))
+    assert not off.unoffered and {**settings}.keys() <= notes_of(off).keys()
+    assert [key for key, _ in on.unoffered] == [switch]
 
 
 def test_what_is_trained_instead_of_an_adapter_that_is_not_offered():

@@ -226,6 +226,21 @@ def test_absent_arguments_have_the_values_of_their_class(tmp_path, call, rate, m
     assert not {"logging_steps", "optim"} & dict(found.notes).keys()
 
 
+@pytest.mark.parametrize(
+    ("call", "precision"),
+    [
+        ("TrainingArguments('o')", "float32"),
+        ("TrainingArguments('o', bf16=True)", "bfloat16"),
+        ("TrainingArguments('o', fp16=True)", "bfloat16"),
+        ("TrainingArguments('o', bf16=asked())", None),
+        ("SFTConfig('o')", None),
+    ],
+)
+def test_the_precision_that_is_absent_is_that_of_its_class(tmp_path, call, precision):
+    found = converted(tmp_path, f"SFTTrainer('m', args={call}, train_dataset=load_dataset('a/b'))\n")
+    assert found.tree["train"].get("precision") == precision
+
+
 def test_unsloths_values_are_not_those_of_training_arguments(tmp_path):
     text = UNSLOTH.replace("args = SFTConfig", "args = TrainingArguments").replace('optim = "adamw_8bit",', "")
     found = converted(tmp_path, text.replace("weight_decay = 0.01,", "").replace("warmup_steps = 5,", ""))
@@ -357,6 +372,88 @@ def test_a_tokenizer_and_a_template_of_another_model_are_named(tmp_path):
     assert "chat_template" not in unready(
         converted(tmp_path, QLORA.format(more="", template="tokenizer.chat_template = None"))
     )
+
+
+SET = """tokenizer = AutoTokenizer.from_pretrained("own/base")
+{template}
+SFTTrainer(model="own/base", args=SFTConfig("o"), train_dataset=load_dataset("d"), processing_class=tokenizer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("template", "known", "said"),
+    [
+        ('tokenizer.chat_template = "llama3"', "llama3", ""),
+        ('tokenizer.chat_template, tokenizer.padding_side = "llama3", "left"', "llama3", ""),
+        ('class Net:\n    def go(self):\n        self.chat_template = "chatml"', None, "of no tokenizer"),
+        (
+            'class Net:\n    def go(self):\n        self.chat_template = "chatml"\ntokenizer.chat_template = "llama3"',
+            "llama3",
+            "",
+        ),
+        (
+            'if llama:\n    tokenizer.chat_template = "llama3"\nelse:\n    tokenizer.chat_template = "chatml"',
+            None,
+            "one of several",
+        ),
+        (
+            'judge = AutoTokenizer.from_pretrained("a/judge")\njudge.chat_template = "chatml"',
+            None,
+            "of no tokenizer",
+        ),
+        (
+            "tokenizer = made()\ndef made():\n    own = AutoTokenizer.from_pretrained('own/base')\n"
+            "    own.chat_template = 'llama3'\n    return own",
+            "llama3",
+            "",
+        ),
+    ],
+)
+def test_a_template_counts_that_is_set_on_the_tokenizer_of_the_trainer(tmp_path, template, known, said):
+    found = settings_of(tmp_path, SET.format(template=template))
+    assert found.settings.get("chat_template") == known
+    notes = [why for why in found.unread if why.startswith("chat_template: ")]
+    assert all(said in why for why in notes) and bool(notes) == bool(said)
+
+
+def test_a_tokenizer_beside_that_of_the_trainer_is_not_named(tmp_path):
+    judge = 'judge = AutoTokenizer.from_pretrained("a/judge")'
+    assert not settings_of(tmp_path, SET.format(template=judge)).unread
+    found = settings_of(tmp_path, SET.format(template=judge).replace("tokenizer)", "judge)"))
+    assert [why.partition(" there")[0] for why in found.unread] == ["processing_class: the tokenizer of a/judge"]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "moves", "dtype"),
+    [
+        ("", ".to(torch.bfloat16)", "bfloat16"),
+        ("", ".to('cuda', torch.bfloat16)", "bfloat16"),
+        ("", ".to(device='cuda', dtype=torch.half).eval()", "float16"),
+        ("", ".bfloat16().cuda()", "bfloat16"),
+        ("", ".half()", "float16"),
+        (", torch_dtype=torch.bfloat16", ".to(torch.float32)", "float32"),
+        (", dtype=torch.bfloat16", ".half().float()", "float32"),
+        (", dtype=torch.bfloat16", ".to('cuda')", "bfloat16"),
+        (", dtype=torch.bfloat16", "\nmodel.to(torch.float)", "float32"),
+        ("", "\nmodel = get_peft_model(model, LoraConfig(r=4))\nmodel = model.to(torch.bfloat16)", "bfloat16"),
+        ("", "\nother = AutoModelForCausalLM.from_pretrained('a/b').half()", None),
+    ],
+)
+def test_the_type_that_a_model_gets_last_counts(tmp_path, loaded, moves, dtype):
+    text = (
+        f'model = AutoModelForCausalLM.from_pretrained("own/base"{loaded}){moves}\nSFTTrainer(model, SFTConfig("o"))\n'
+    )
+    found = settings_of(tmp_path, text)
+    settings = found.settings
+    assert settings["model_name_or_path"] == "own/base" and settings.get("dtype", settings.get("torch_dtype")) == dtype
+    assert bool([why for why in found.unread if why.startswith("dtype: absent")]) == (dtype is None)
+
+
+def test_a_type_that_is_that_of_the_files_or_cannot_be_told_is_named(tmp_path):
+    text = 'model = AutoModel.from_pretrained("own/base", torch_dtype="auto")\nSFTTrainer(model, SFTConfig("o"))\n'
+    assert "here float32" in dict(converted(tmp_path, text).notes)["dtype"]
+    found = settings_of(tmp_path, text.replace(")\nSFT", ").to(dtype=asked())\nSFT"))
+    assert found.unread[0].startswith("dtype: asked() (line 1)") and "torch_dtype" not in found.settings
 
 
 @pytest.mark.parametrize("owner", ["FastLanguageModel", "unsloth.FastLanguageModel", "FastGemmaModel"])

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 import seeds
-from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, interval, paired_interval
+from preceptor.evaluate.intervals import (
+    DIFFERENCE_OF_SHARES,
+    SHARE,
+    exact_difference,
+    exact_share,
+    interval,
+    paired_interval,
+)
 
 WIDTH = 2 * 1.96  # standard errors in a 95 % interval
 
@@ -82,6 +89,24 @@ def test_items_that_change_under_some_seeds_are_widened_by_the_size_of_their_cha
     most = 1 - 0.025 ** (1 / 6)
     assert found.value == pytest.approx(-0.02) and found.high == pytest.approx((2 * most - 1) * 0.02, abs=0.005)
     assert found.low <= -0.02
+
+
+@pytest.mark.parametrize("num_gained", [9, 30, 60])
+def test_gains_and_losses_of_different_size_keep_the_value_within(num_gained):
+    """20 items lost by all seeds, others gained by one of three: p G - (1 - p) L, with G = 1/3 and L = 1."""
+    before, after = np.zeros((1, 100)), np.zeros((3, 100))
+    before[0, :20] = 1.0
+    after[np.arange(num_gained) % 3, 20 + np.arange(num_gained)] = 1.0
+    mean = after.mean(axis=0) - before[0]
+    num_changed = 20 + num_gained
+    ends = exact_share(np.arange(num_changed) < num_gained)
+    for sign in (1, -1):
+        low, high = exact_difference(sign * mean)
+        assert low < sign * mean.mean() < high
+        known = sorted(sign * (p / 3 - (1 - p)) * num_changed / 100 for p in ends)
+        assert (low, high) == pytest.approx(known)
+    found = seeds.difference(values(before), values(after), DIFFERENCE_OF_SHARES)
+    assert found.low < found.value < found.high
 
 
 def test_other_items_are_rejected():

@@ -401,6 +401,9 @@ class MlflowStandIn:
             assert run.data.params.setdefault(param.key, param.value) == param.value
         run.metrics += metrics
 
+    def log_text(self, run_id, text, file):
+        pass
+
     def set_terminated(self, run_id, status):
         pass
 
@@ -431,6 +434,49 @@ def test_mlflow_has_one_run_however_often_opening_it_fails(run, mlflow):
     (found,) = mlflow.runs
     assert {key: found.data.params[key] for key in ("train.seed",)} == {"train.seed": "0"}
     assert len(found.data.params) == 121, "names that are cut stay apart"
+
+
+class TrackioStandIn(ModuleType):
+    """What Trackio's database keeps, and how it is asked."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.lines, self.SQLiteStorage = [], SimpleNamespace(get_logs=lambda project, name: list(self.lines))
+        self.Table = lambda data: data
+
+    def init(self, **options):
+        return self
+
+    def log(self, values, step):
+        self.lines.append({**values, "step": step})
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def trackio(monkeypatch):
+    module = TrackioStandIn()
+    for name in ("trackio", "trackio.sqlite_storage"):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "preceptor.trackers.trackio_sink", raising=False)
+    yield module
+    sys.modules.pop("preceptor.trackers.trackio_sink", None)
+
+
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_a_skipped_step_that_was_sent_last_is_sent_once(run, name, mlflow, trackio):
+    """Its loss was not finite, so it has none; the next opening goes on after it, and after its evaluation."""
+    run.add("metrics.jsonl", *steps([2.0, 2.0, None], skipped=["", "", "loss is nan"]))
+    run.evaluate(3)
+    RunReplay(run.path, name).send()
+    run.add("metrics.jsonl", steps([2.0] * 4)[3])
+    RunReplay(run.path, name).send()
+    metrics = mlflow.runs[0].metrics if name == "mlflow" else []
+    sent = [(each.step, each.key) for each in metrics] + [(line["step"], key) for line in trackio.lines for key in line]
+    assert [step for step, key in sent if key == "train/num_tokens"] == [1, 2, 3, 4]
+    assert [step for step, key in sent if key == "train/loss"] == [1, 2, 4]
+    assert [step for step, key in sent if key == "eval/loss"] == [3]
 
 
 def test_mlflow_gets_a_step_in_one_request(run, mlflow):

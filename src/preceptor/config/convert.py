@@ -10,12 +10,13 @@ from typing import Any, get_args
 
 from preceptor.config import torchtune, unsloth
 from preceptor.config.peer_data import data_section
-from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS_OFF, TRAINER
+from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
 from preceptor.config.peer_training import set_adapter, set_moments, set_optimizer, set_training, trains_adapter
 from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
+from preceptor.config.python_source import public
 from preceptor.config.run import Run, Tracker
 from preceptor.errors import short
 
@@ -124,7 +125,10 @@ def _set_model(given: Conversion) -> None:
             given.set("model.dtype", "bfloat16")
         else:
             _set_half_weights(given, "dtype")
-    elif dtype not in ("", "auto", "float32", "fp32"):
+    elif dtype == "auto":
+        if "dtype" not in given.tree.get("model", {}):
+            given.note("dtype", "auto: the type of the files there; here float32: set model.dtype")
+    elif dtype not in ("", "float32", "fp32"):
         given.not_offered("dtype", f"{dtype} is not offered: bfloat16 or float32")
 
 
@@ -177,17 +181,18 @@ def _set_trackers(given: Conversion) -> None:
 def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
     """Keys that nothing has read, with the reason; those that are off say nothing."""
     for key, value in given.settings.items():
-        if value is False and key in SPEAKS_OFF:
-            given.note(key, SPEAKS_OFF[key])
-        if key in given.used or value in OFF:
+        own = str(value).lower()
+        if (said := SPEAKS.get(f"{key}={own}")) is not None:
+            given.note(key, f"{own}: {said}")
+        elif key in given.used or value in OFF:
             continue
-        if key in CHANGES_TRAINING:
+        elif key in CHANGES_TRAINING:
             given.not_offered(key, NO_COUNTERPART[key])
         elif key in NO_COUNTERPART:
             given.note(key, NO_COUNTERPART[key])
         else:
             what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
-            given.note(key, f"{short(value)}: {what}")
+            given.note(key, f"{public(key, value)}: {what}")
     for sentence in unread:
         key, _, why = sentence.partition(": ")
         given.note(key, why)

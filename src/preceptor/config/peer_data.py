@@ -9,6 +9,7 @@ from preceptor.config.peer_defaults import OFF
 from preceptor.config.peer_files import dataset_info
 from preceptor.config.peer_settings import Conversion
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, table
+from preceptor.config.python_source import public
 from preceptor.errors import short
 
 HUB_ID = re.compile(r"[\w.-]+/(?!.*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)$)[\w.-]+")
@@ -183,7 +184,7 @@ def _source(given: Conversion, key: str, entry: Any, folder: Path) -> dict[str, 
     _format(given, key, values)
     for name, value in values.items():
         advice = NO_COUNTERPART.get(name) or _OF_SOURCES.get(name) or "not known here: see docs/data.md"
-        given.note(f"{key} {name}", f"{short(value)}: {advice}")
+        given.note(f"{key} {name}", f"{public(name, value)}: {advice}")
     return found
 
 

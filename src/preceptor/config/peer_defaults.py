@@ -8,12 +8,15 @@ from preceptor.config.peer_without import table
 Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
 OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
-"""Values that say no more than an absent key, but for the keys of SPEAKS_OFF."""
-SPEAKS_OFF = table("""
-shuffle shuffle_merged_datasets: false: the order of the file there; here it is always drawn, for each epoch
-enable_thinking: false: reasoning is removed from the answers there; here it is trained: take it out of the data
+"""Values that say no more than an absent key, but for those of SPEAKS."""
+SPEAKS = table("""
+shuffle=false shuffle_merged_datasets=false disable_shuffling=true train_sampling_strategy=sequential: the order of the
+    file there; here it is always drawn, for each epoch
+enable_thinking=false: reasoning is removed from the answers there; here it is trained: take it out of the data
+average_tokens_across_devices=false: on each device the mean over its own tokens there; here a step's loss is divided
+    by its trained tokens, over all devices
 """)
-"""Keys of which `false` says something, for they are on where they are absent: what."""
+"""Values that change something, though the key otherwise says nothing, or though `false` does for other keys: what."""
 
 TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "num_train_epochs": 3.0,
@@ -29,7 +32,7 @@ TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "seed": 42,
     "logging_steps": 500,
 }
-ARGUMENTS = {**TRAINER, "gradient_checkpointing": False, "optim": "adamw_torch"}
+ARGUMENTS = {**TRAINER, "gradient_checkpointing": False, "optim": "adamw_torch", "bf16": False}
 """Values of TrainingArguments where a script makes those, and no SFTConfig."""
 DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
     "TRL": {
@@ -61,6 +64,7 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
         "buffer_size": 16384,
         "lora_rank": 8,
         "pissa_iter": 16,
+        "bf16": False,
     },
     "Axolotl": {
         **TRAINER,

@@ -1,5 +1,6 @@
 """Files of other trainers -> their settings as one mapping: YAML, JSON, a command line, a Python script or notebook."""
 
+import itertools
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from preceptor.config.peer_kinds import OTHER_FILES, is_another_task, refuse_oth
 from preceptor.config.peer_script import read_script
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES
+from preceptor.config.python_source import SECRET
 from preceptor.config.yaml_text import NumberLoader
 from preceptor.errors import ConfigError
 
@@ -33,7 +35,15 @@ _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
 _WORD = r"""(?:\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s;&|<>()])+"""
 _SHELL = re.compile(rf"\d*(?:&>>?|>>?[&|]?|<<?<?&?)[ \t]*(?:{_WORD})?|(?P<end>[;&|\n()]+)|(?P<word>{_WORD})", re.DOTALL)
 """A redirection with its file, the end of a command, a word."""
-_CLIS = ("trl", "llamafactory-cli")  # a task follows
+_CLIS = ("trl", "llamafactory-cli", "trl.cli", "llamafactory.cli")  # a task follows
+_RUNS_MODULES = re.compile(r"\W*(python|torchrun|accelerate|uv$)[^=]*", re.IGNORECASE)
+_NOT_STARTED = re.compile(
+    r"(torch\.distributed|accelerate|deepspeed)(\.|$)|(trl|llamafactory)(\.cli)?$|(cProfile|debugpy|pdb|pip|venv)$"
+)
+"""Modules that start what follows, or that train nothing."""
+_VARIABLE = re.compile(r"\$\{?(\w+)(?:\[[@*]\])?\}?")
+_DECLARES = ("declare", "export", "local", "readonly", "typeset")
+_OPENS, _GOES_ON, _CLOSES = ("if", "for", "while", "until", "case"), ("then", "else", "do"), ("fi", "done", "esac")
 _MODELS = frozenset({"model_name_or_path", "model_name", "model_id", "model", "config"})
 """Flags of which a command that trains has one."""
 
@@ -74,31 +84,105 @@ def _read(path: Path) -> PeerFile:
     )
 
 
-def _commands(path: Path, text: str) -> list[list[str]]:
-    """The words of each command, without what is written to files. Raises ConfigError."""
-    lines = [re.sub(r"(^|\s)#\s.*", "", line) for line in text.splitlines() if not line.lstrip().startswith("#")]
+def _commands(path: Path, text: str, unread: list[str]) -> list[list[str]]:
+    """The words of each command, without what is written to files. Lines of flags go on with the command before.
+
+    unread: gets the variables that hold flags and are in no command. Raises ConfigError.
+    """
+    lines = [
+        re.sub(r"(^|\s)(#\s.*|`#[^`]*`)", "", line) for line in text.splitlines() if not line.lstrip().startswith("#")
+    ]
     commands: list[list[str]] = [[]]
+    array = -1  # where in the last command the name of an open one stands: `args=(`
     try:
-        text = "\n".join(lines).replace("\\\n", " ")
+        text = re.sub(r"\\[ \t]*\n", " ", "\n".join(lines))
+        if text.lstrip().startswith("--"):  # a list of flags, which may have their values on lines of their own
+            text = text.replace("\n", " ")
         shlex.split(text)
         for word in _SHELL.finditer(text):
-            if word["end"]:
+            last = commands[-1]
+            if word["word"]:
+                last += shlex.split(word["word"])
+            elif word["end"] and array >= 0 and ")" in word["end"]:
+                last[array:] = [last[array] + shlex.join(last[array + 1 :])]
+                array = -1
                 commands.append([])
-            elif word["word"]:
-                commands[-1] += shlex.split(word["word"])
+            elif word["end"] and last and re.fullmatch(r"\w+\+?=", last[-1]) and word["end"][0] == "(":
+                array = -1 if ")" in word["end"] else len(last) - 1
+            elif word["end"] and array < 0:
+                commands.append([])
+        whole: list[list[str]] = []
+        for words in commands:
+            if whole and words and re.match(r"--\w", words[0]):
+                whole[-1] += words
+            elif words:
+                whole.append(words)
+        return _filled(whole, unread)
     except ValueError as error:
         raise ConfigError(f"{path}: not a shell command: {error}") from None
-    return [words for words in commands if words]
+
+
+def _filled(commands: Sequence[list[str]], unread: list[str]) -> list[list[str]]:
+    """Commands with the flags of variables in their place (`ARGS="--max_steps 9"`), and without assignments.
+
+    unread: gets the flags that no command names, and those that a variable has under a condition only.
+    """
+    flags: dict[str, list[str]] = {}
+    unused: dict[str, None] = {}
+    depth = 0  # of conditions and loops
+    found: list[list[str]] = []
+    for words in commands:
+        depth += (words[0] in _OPENS) - (words[0] in _CLOSES)
+        filled: list[str] = []
+        for word in words[words[0] in _GOES_ON :]:
+            name = own[1] if (own := _VARIABLE.fullmatch(word)) else ""
+            unused.pop(name, None)
+            filled += flags.get(name, [word])
+        start = next((at for at, word in enumerate(filled) if not re.match(r"\w+\+?=", word)), len(filled))
+        is_command = start < len(filled) and filled[start] not in _DECLARES
+        for word in () if is_command else filled:
+            own = re.fullmatch(r"(?s)(\w+)(\+?)=(.*)", word)
+            if own is None or "--" not in own[3]:
+                continue
+            if depth:
+                unread.append(f"{own[1]}: flags in a variable under a condition, left out")
+                continue
+            held = flags.get(own[1], []) if own[2] else []
+            for each in _split(own[3]):
+                name = inner[1] if (inner := _VARIABLE.fullmatch(each)) else ""
+                unused.pop(name, None)
+                held = [*held, *flags.get(name, [each])]
+            flags[own[1]], unused[own[1]] = held, None
+        if is_command:
+            found.append(filled[start:])
+    unread += [f"{name}: flags in a variable that no command names, left out" for name in unused]
+    return found
+
+
+def _split(value: str) -> list[str]:
+    try:
+        return shlex.split(value)
+    except ValueError:  # an apostrophe
+        return value.split()
 
 
 def _launched(words: Sequence[str]) -> int:
     """Where a command names the script, the module or the task that it starts; -1 where it does not."""
-    for at, word in enumerate(words):
+    for at, word in enumerate(words if words and not words[0].startswith("--") else ()):
         before = Path(words[at - 1]).name if at else ""
-        is_module = before == "-m" and not word.startswith("torch.distributed")
-        if (word.endswith(".py") and not re.match(r"\w+=", word)) or before in _CLIS or is_module:
+        is_module = before == "-m" and any(_RUNS_MODULES.fullmatch(Path(each).name) for each in words[: at - 1])
+        is_task = before in _CLIS and not word.startswith("-")
+        if word.endswith(".py") or is_task or (is_module and not _NOT_STARTED.match(word)):
             return at
     return -1
+
+
+def _name(words: Sequence[str]) -> str:
+    """The program and what it starts, without what stands between: that may be a token of a service."""
+    at = _launched(words)
+    if at > 0:
+        return " ".join([words[0], *(["-m"] if words[at - 1] == "-m" else []), words[at]])
+    return " ".join([words[0].partition("=")[0], *(word for word in words[1:2] if at < 0 and not word.startswith("-"))])
 
 
 def _task(words: Sequence[str]) -> str:
@@ -107,40 +191,47 @@ def _task(words: Sequence[str]) -> str:
     return " ".join(words[:2]) if at < 0 else Path(words[at]).name.removesuffix(".py").rpartition(".")[2]
 
 
-def _trains(words: Sequence[str]) -> bool:
-    task = _task(words)
-    named = re.search("sft|train|tun", task) and not is_another_task(task)
-    return bool(named and _flags(words, []).keys() & _MODELS)
-
-
 def _of_training(path: Path, commands: list[list[str]], unread: list[str]) -> tuple[list[str], int]:
     """The only command that trains, and where it names what it starts. Raises ConfigError where that cannot be told.
 
     unread: gets the other ones.
     """
-    started = [words for words in commands if _launched(words) >= 0 or _flags(words, []).keys() & _MODELS]
+    with_model = [words for words in commands if _flags(words, []).keys() & _MODELS]
+    started = [words for words in commands if _launched(words) >= 0 or words in with_model]
     started = started or [words for words in commands if any(word.startswith("--") for word in words)] or [[]]
-    trains = [words for words in started if _trains(words)] if len(started) > 1 else started
-    named = [" ".join(words[: _launched(words) + 1] or words[:2]) for words in started]
+    trains = started
+    if len(started) > 1:
+        own = [words for words in started if not is_another_task(_task(words))]
+        named = [words for words in own if re.search("sft|train|tun", _task(words))]
+        trains = [words for words in own if words in with_model or words in named]
+        if len(trains) > 1 or any(_launched(words) < 0 for words in trains):  # the name tells
+            trains = [words for words in named if words in with_model]
+    names = [_name(words) if words else "" for words in started]
     if len(trains) != 1:
         raise ConfigError(
-            f"{path}: holds several commands ({'; '.join(named)}): write the one that trains into a file of its own, "
+            f"{path}: holds several commands ({'; '.join(names)}): write the one that trains into a file of its own, "
             "and convert that"
         )
-    own = next(at for at, words in enumerate(started) if words is trains[0])
-    unread += [f"{name}: another command of this file, left out" for at, name in enumerate(named) if at != own]
+    unread += [
+        f"{name}: another command of this file, left out"
+        for name, words in zip(names, started, strict=True)
+        if words is not trains[0]
+    ]
     return trains[0], _launched(trains[0])
 
 
 def _command(path: Path, text: str) -> PeerFile:
     """`--key value` of a shell command; a key without a value is true."""
     unread: list[str] = []
-    words, launched = _of_training(path, _commands(path, text), unread)
+    words, launched = _of_training(path, _commands(path, text, unread), unread)
     if launched >= 0:
         refuse_task(_task(words), str(path))
         if "vlm" in words[launched]:
             unread.append(f"{Path(words[launched]).name}: {OF_IMAGES}")
-    before = [word for word in words[: max(launched, 0)] if word != "-m"]
+    before = [word for last, word in itertools.pairwise(["", *words[: max(launched, 0)]]) if "-m" not in (last, word)]
+    for word in itertools.takewhile(lambda word: not word.startswith("--"), words[launched + 1 :]):
+        if word.startswith("$"):
+            unread.append(f"{word}: a variable of the shell")
     launcher, settings = _flags(before, []), _flags(words[launched + 1 :], unread)
     processes = launcher.get("num_processes", launcher.get("nproc_per_node"))
     if isinstance(processes, int):
@@ -154,7 +245,7 @@ def _command(path: Path, text: str) -> PeerFile:
         inner = _read(file)
         peer, settings = inner.peer, {**inner.settings, **settings}
         del settings["config"]
-    if not settings and not unread:
+    if not settings and not (unread and words):
         raise ConfigError(f"{path}: no setting stands in this command; convert the script that it starts")
     return PeerFile(peer, settings, unread)
 
@@ -172,7 +263,8 @@ def _flags(words: Sequence[str], unread: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, given in values.items():
         if any("$" in word for word in given):
-            unread.append(f"{key}: {' '.join(given)}: a variable of the shell")
+            shown = "..." if SECRET.search(key) else " ".join(given)
+            unread.append(f"{key}: {shown}: a variable of the shell")
         else:
             parsed = [_value(word.rstrip(",") if len(given) > 1 else word) for word in given]
             settings[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed

@@ -24,10 +24,18 @@ _CONFIGS = (*_ARGUMENTS, "LoraConfig", "ModelConfig", "ScriptArguments")
 _TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
 _DERIVED = (*_ARGUMENTS, "SFTTrainer", "UnslothTrainer")  # those of which a script's own class is still of SFT
 _COMMAND_LINES = ("TrlParser", "HfArgumentParser", "ArgumentParser")
+_TOKENIZER = re.compile("Tokenizer|Processor")
 _UNSLOTH = re.compile(r"Fast\w*Model")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
 _AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
-_MOVES = ("to", "cuda")  # methods of a model
+_MOVES: Mapping[str, str | None] = {
+    **dict.fromkeys(("to", "cuda", "cpu", "train", "eval")),
+    "bfloat16": "bfloat16",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+}
+"""Methods of a model that return it: its type then, where the name tells it."""
 _AROUND_DATA = ("standardize_sharegpt", "standardize_data_formats")  # the format is recognised here
 _CHANGES = "map filter select shuffle rename_column rename_columns remove_columns train_test_split".split()  # noqa: SIM905
 _RENDERS = "the chat template renders the conversations, which is done here as well: nothing to set"
@@ -163,7 +171,7 @@ def _trainer(script: Script, call: ast.Call, found: PeerFile) -> None:
             _keyword(script, ast.keyword(name, value), found)
         else:
             _argument(script, name, value, found)
-    _tokenizer(script, call, found)
+    _tokenizer(script, call, given.get("processing_class", given.get("tokenizer")), found)
 
 
 def _arguments(node: ast.expr) -> dict[str, ast.expr] | None:
@@ -187,19 +195,13 @@ def _argument(script: Script, name: str, value: ast.expr, found: PeerFile) -> No
 
 
 def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) -> None:
-    while isinstance(value, ast.Call) and script.name_of(value) in (*_AROUND_MODELS, *_MOVES):
-        inner = [each.value for each in value.keywords if each.arg == "model"] or value.args
-        if script.name_of(value) in _MOVES:
-            inner = [value.func.value] if isinstance(value.func, ast.Attribute) else []
-        if not inner:
-            break
-        if script.name_of(value) == "setup_chat_format":
-            found.settings.setdefault("chat_template", "chatml")
-        value = script.resolved(inner[0])
+    *around, value = _unwrapped(script, value)
+    if any(script.name_of(call) == "setup_chat_format" for call in around if isinstance(call, ast.Call)):
+        found.settings.setdefault("chat_template", "chatml")
     if isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained":
         if _UNSLOTH.fullmatch(script.owner_of(value)):
             return
-        value = _loaded_model(script, value, found) or value
+        value = _loaded_model(script, value, found, _type_of_moves(script, value, trainer)) or value
     elif "from_pretrained" in found.settings:
         return
     elif not isinstance(value, ast.Constant):  # how it is loaded, though not which
@@ -212,10 +214,51 @@ def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) 
         found.unread.append(f"model: {shown(value)} (line {value.lineno}): not a path that is written out")
 
 
-def _loaded_model(script: Script, call: ast.Call, found: PeerFile) -> ast.expr | None:
-    """Reads how `from_pretrained` loads a model; which one, None where it does not say."""
+def _unwrapped(script: Script, value: ast.expr) -> list[ast.expr]:
+    """The calls around a model, from without, and what is within: `get_peft_model(model.to("cuda"), ...)`."""
+    found = [script.resolved(value)]
+    while isinstance(call := found[-1], ast.Call) and script.name_of(call) in (*_AROUND_MODELS, *_MOVES):
+        inner = [each.value for each in call.keywords if each.arg == "model"] or call.args
+        if script.name_of(call) in _MOVES:
+            inner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+        if not inner:
+            break
+        found.append(script.resolved(inner[0]))
+    return found
+
+
+def _type_of_moves(script: Script, loaded: ast.Call, trainer: ast.Call) -> ast.expr | None:
+    """The last type that a model gets before its trainer, by `.to(torch.bfloat16)` or `.half()`."""
+    moves = [call for call in script.calls(*_MOVES) if call.lineno < trainer.lineno]
+    found = None
+    for call in sorted(moves, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0)):
+        if _unwrapped(script, call)[-1] is loaded:
+            found = _type_of_move(script, call) or found
+    return found
+
+
+def _type_of_move(script: Script, call: ast.Call) -> ast.expr | None:
+    named = [each.value for each in call.keywords if each.arg == "dtype"]
+    for given in (*named, *call.args):
+        try:
+            value = script.constant(given)
+        except UNREADABLE:
+            continue
+        name = _MOVES.get(value) or value if isinstance(value, str) else ""
+        if name in _MOVES.values():
+            return ast.copy_location(ast.Constant(name), call)
+    own = _MOVES[script.name_of(call)]
+    return ast.copy_location(ast.Constant(own), call) if own else named[0] if named else None
+
+
+def _loaded_model(script: Script, call: ast.Call, found: PeerFile, moved: ast.expr | None = None) -> ast.expr | None:
+    """Reads how `from_pretrained` loads a model; which one, None where it does not say. moved: its type since."""
     named = {keyword.arg: keyword for keyword in call.keywords}
     place = named.pop("pretrained_model_name_or_path", None)
+    if moved is not None:
+        for key in ("dtype", "torch_dtype"):
+            named.pop(key, None)
+        named["dtype"] = ast.keyword("dtype", moved)
     for keyword in named.values():
         _keyword(script, keyword, found)
     if not named.keys() & {None, "dtype", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit"}:
@@ -225,23 +268,44 @@ def _loaded_model(script: Script, call: ast.Call, found: PeerFile) -> ast.expr |
     return call.args[0] if call.args else None if place is None else place.value
 
 
-def _tokenizer(script: Script, trainer: ast.Call, found: PeerFile) -> None:
-    """Names a tokenizer of another model, and a chat template that is set."""
-    for keyword in script.set_anywhere("chat_template"):
-        _keyword(script, keyword, found)
+def _tokenizer(script: Script, trainer: ast.Call, given: ast.expr | None, found: PeerFile) -> None:
+    """Names a tokenizer of another model, and a chat template that is set. given: what the trainer gets."""
+    loads = [call for call in script.calls("from_pretrained") if _TOKENIZER.search(script.owner_of(call))]
+    own = None if given is None else script.resolved(given)
+    if own in loads:
+        loads = [call for call in loads if call is own]
+    _template(script, given, loads, found)
     model = found.settings.get("model_name_or_path")
-    for call in script.calls("from_pretrained"):
-        given = [each.value for each in call.keywords if each.arg == "pretrained_model_name_or_path"] or call.args
-        if not given or call.lineno > trainer.lineno or not re.search("Tokenizer|Processor", script.owner_of(call)):
+    for call in loads:
+        named = [each.value for each in call.keywords if each.arg == "pretrained_model_name_or_path"] or call.args
+        if not named or call.lineno > trainer.lineno:
             continue
         try:
-            name = script.constant(given[0])
+            name = script.constant(named[0])
         except UNREADABLE:
             continue
         if model is not None and name != model:
             found.unread.append(
                 f"processing_class: the tokenizer of {name} there; here that of {model}, and its template"
             )
+
+
+def _template(script: Script, given: ast.expr | None, loads: Sequence[ast.Call], found: PeerFile) -> None:
+    """A chat template that is set on the trainer's tokenizer. loads: the calls that may have made that."""
+    every, own = list(script.set_anywhere("chat_template")), []
+    trainers = None if given is None else script.resolved(given)
+    for owner, value in every:
+        made = script.resolved(owner)
+        is_loaded = isinstance(made, ast.Call) and script.name_of(made) == "from_pretrained"
+        is_given = given is not None and shown(owner) == shown(given)
+        if made in loads or (is_given and (made is trainers or not is_loaded)):
+            own.append(value)
+    if len({shown(value) for value in own}) == 1:
+        _keyword(script, ast.keyword("chat_template", own[-1]), found)
+    elif every:
+        lines = ", ".join(str(value.lineno) for _, value in every)
+        why = "one of several" if own else "of no tokenizer that is known to be the trainer's"
+        found.unread.append(f"chat_template: set in line {lines}, {why}: set data.chat_template")
 
 
 # The data ------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,11 @@ def _is_float32(given: Conversion) -> bool:
     """Whether the type that is otherwise chosen by the device is switched off."""
     if given.peer == "torchtune":
         return given.settings.get("dtype") == "fp32"
-    half = given.settings.get("bf16") is False and given.on("fp16", "float16", "bfloat16") is None
-    return half and given.peer in ("TRL", "Axolotl") and given.tree.get("model", {}).get("dtype") != "bfloat16"
+    if given.peer == "Unsloth" or (given.peer == "LLaMA-Factory" and trains_adapter(given)):  # by the model's type
+        return False
+    is_off = given.value("bf16") is False and given.on("fp16", "float16", "bfloat16") is None
+    is_half = given.tree.get("model", {}).get("dtype") == "bfloat16" or given.settings.get("use_badam")
+    return is_off and not is_half
 
 
 def _set_duration(given: Conversion) -> None:
@@ -127,13 +130,13 @@ def set_optimizer(given: Conversion) -> None:
     scheduled = given.value("lr_scheduler_type", "lr_scheduler")
     name = str(scheduled).rpartition(".")[2]
     scheduler = SCHEDULERS.get(name)
+    given.set("optimizer.lr_scheduler", scheduler or "cosine")
+    _set_decay(given, scheduler or "cosine")
     if scheduler is None:
         offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
-        runs = "; it is cosine here, down to 0"
+        share = given.tree["optimizer"].get("min_lr_ratio", given.settings.get("cosine_min_lr_ratio")) or 0
+        runs = f"; it is cosine here, down to {short(share)}{' of the rate' if share else ''}"
         given.not_offered("lr_scheduler_type", f"{short(scheduled)} is not offered: {offered}", runs)
-        scheduler = "cosine"
-    given.set("optimizer.lr_scheduler", scheduler)
-    _set_decay(given, scheduler)
     given.set("optimizer.warmup", _warmup(given, name))
     named = "muon" if given.on("use_muon") else given.value("optim", "optimizer")
     rule = "adamw" if named is None else optimizer_name(str(named))
@@ -148,7 +151,7 @@ def set_optimizer(given: Conversion) -> None:
     given.set("optimizer.momentum", 0.0 if rule == "sgd" else None)
 
 
-def _set_decay(given: Conversion, scheduler: str | None) -> None:
+def _set_decay(given: Conversion, scheduler: str) -> None:
     """How the rate falls at the end."""
     kwargs = given.settings.get("lr_scheduler_kwargs")
     arguments: Mapping[str, Any] = kwargs if isinstance(kwargs, Mapping) else {}

@@ -15,10 +15,10 @@ _NOT_OFFERED = table(f"""
 optim_args: the settings of an optimizer are keys of the section `optimizer`: remove the key
 optim_target_modules: low-rank gradients (GaLore, APOLLO) are not offered: optimizer.name: adamw_8bit is small
 loftq_config: LoftQ is not offered; adapter.init: pissa also starts from singular values: remove the key
-relora relora_steps: restarts of LoRA are not offered: remove the key
+relora: restarts of LoRA are not offered: remove the key
 bias lora_bias: an adapter trains no biases: remove the key
 eva_config corda_config lora_ga_config velora_config monteclora_config kasa_config arrow_config alora_invocation_tokens
-    use_qalora qalora_group_size use_bdlora: this variant of LoRA is not offered: remove the key
+    use_qalora use_bdlora: this variant of LoRA is not offered: remove the key
 layer_replication: layers are those of the model: remove the key
 processor_type image_size image_resize_algorithm image_max_pixels image_min_pixels video_max_pixels video_fps
     video_maxlen freeze_vision_tower freeze_multi_modal_projector freeze_mm_modules finetune_audio_layers collate_fn:
@@ -29,7 +29,7 @@ qat quantizer qat_scheme fp8 fp8_backend fp8_enable_fsdp_float8_all_gather load_
 use_galore use_apollo use_badam use_adam_mini use_llama_pro lisa_n_layers lisa_step_interval lisa_layers_attribute
     mixture_of_depths use_eaft use_eaft_loss eaft_alpha eaft_k use_asft_loss asft_alpha oft_block_size oft_target
     galore_layerwise galore_target galore_rank galore_scale apollo_layerwise apollo_target apollo_rank apollo_scale
-    apollo_scale_type badam_mode badam_switch_mode badam_switch_interval badam_verbose relora_prune_ratio
+    apollo_scale_type badam_mode badam_switch_mode badam_switch_interval badam_verbose
     jagged_restart_warmup_steps reinit_weights lr_quadratic_warmup jagged_restart_steps: this method of training is not
     offered: remove the key
 """)
@@ -114,6 +114,7 @@ fan_in_fan_out lora_fan_in_fan_out: how a layer holds its weight is known: nothi
 target_parameters lora_target_parameters: experts that are one tensor are adapted unless adapter.target_modules names
     layers: nothing to set
 ensure_weight_tying: tied tables stay tied: nothing to set
+relora_steps relora_prune_ratio qalora_group_size: a setting of a variant of LoRA that is not offered: remove the key
 layers_pattern peft_layers_pattern: adapter.rank_pattern takes whole names of layers: remove the key
 runtime_config lora_mlp_kernel lora_qkv_kernel lora_o_kernel: an adapter has an exact path of its own in the engine,
     chosen by itself: nothing to set
@@ -126,8 +127,8 @@ merge_lora save_adapter_weights_only: adapter.save says whether the adapter, the
 qlora_sharded_model_loading: quantized weights are not sharded: remove the key
 base_model_name_or_path: the base is model.path: remove the key
 model_init_kwargs: the keys of the section `model` say how a model is loaded: remove the key
-shuffle_dataset train_sampling_strategy shuffle shuffle_merged_datasets shuffle_before_merging_datasets: the order of
-    the examples is drawn again for each epoch: nothing to set
+shuffle_dataset train_sampling_strategy shuffle shuffle_merged_datasets shuffle_before_merging_datasets
+    disable_shuffling: the order of the examples is drawn again for each epoch: nothing to set
 eval_delay: the model is always evaluated before the first step: remove the key
 fp16_full_eval: float16 is not offered: remove the key
 torch_compile_backend torch_compile_mode: `engine: compiled` takes torch's default: remove the key

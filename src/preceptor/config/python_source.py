@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, short
 
 _AS_DICT = ("dict", "BitsAndBytesConfig")
 _HALF = ("is_bfloat16_supported", "is_bf16_supported")
@@ -98,12 +98,17 @@ class Script:
             if isinstance(made, ast.Call) and self.name_of(made) in names:
                 yield keyword
 
-    def set_anywhere(self, name: str) -> Iterator[ast.keyword]:
-        """What is set as this attribute, of whatever object; not None."""
+    def set_anywhere(self, name: str) -> Iterator[tuple[ast.expr, ast.expr]]:
+        """An object, and what is set as this attribute of it; not None."""
         for node in (each for each in ast.walk(self._module) if isinstance(each, ast.Assign)):
             is_none = isinstance(node.value, ast.Constant) and node.value.value is None
-            if not is_none and any(isinstance(each, ast.Attribute) and each.attr == name for each in node.targets):
-                yield ast.keyword(name, node.value)
+            for target in () if is_none else node.targets:
+                values = [node.value]
+                if isinstance(target, ast.Tuple):
+                    values = node.value.elts if isinstance(node.value, ast.Tuple) else values * len(target.elts)
+                for own, value in zip(target.elts if isinstance(target, ast.Tuple) else [target], values, strict=False):
+                    if isinstance(own, ast.Attribute) and own.attr == name:
+                        yield own.value, value
 
     def calls(self, *names: str) -> Iterator[ast.Call]:
         """In the order of the text; without a name every call."""
@@ -278,3 +283,8 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_secrets(each) for key, each in value.items() if not SECRET.search(str(key))}
     return value
+
+
+def public(key: str, value: Any) -> str:
+    """The value of a key as it may be shown, without tokens and keys of services."""
+    return "..." if SECRET.search(key) else short(without_secrets(value))

@@ -7,6 +7,7 @@ from typing import Any
 from preceptor.config.peer_defaults import optimizer_name
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES, table
+from preceptor.config.python_source import public
 from preceptor.errors import short
 
 _DEPTH, _LONGEST = 5, 1000  # of `${key}` within the value of another key
@@ -127,7 +128,7 @@ def _name_rest(section: str, values: Mapping[str, Any], found: PeerFile) -> None
     """Keys that nothing has read, but those that change nothing."""
     for key, value in values.items():
         if key not in _OF_NO_EFFECT and value not in (None, False):
-            found.unread.append(f"{section}.{key}: {short(value)}: not known here; look whether it matters")
+            found.unread.append(f"{section}.{key}: {public(key, value)}: not known here; look whether it matters")
 
 
 def _data(tree: Mapping[str, Any], found: PeerFile) -> None:

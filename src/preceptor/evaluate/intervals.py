@@ -114,15 +114,19 @@ def exact_share(hit_I: np.ndarray) -> Bounds:
 def exact_difference(change_I: np.ndarray) -> Bounds:
     """The exact interval of the mean of items that are -1, 0 or 1, given how many are not 0.
 
-    Items between these are means over several trainings: the interval of the share of gains, times the mean size.
+    Items between these are means over several trainings: with G and L the mean sizes of gains and of losses, p G -
+    (1 - p) L is the mean of the items that changed, at the ends of the interval of p, the share of gains among them.
     """
-    gained, changed = int((change_I > 0).sum()), int((change_I != 0).sum())
+    gains, losses = change_I[change_I > 0], -change_I[change_I < 0]
+    changed = len(gains) + len(losses)
     if changed == 0:
         most = 1 - ((1 - LEVEL) / 2) ** (1 / len(change_I))
         return -most, most
-    low, high = _clopper_pearson(gained, changed)
-    size = float(np.abs(change_I).sum()) / len(change_I)
-    return (2 * low - 1) * size, (2 * high - 1) * size
+    size = float(np.abs(change_I).sum()) / changed  # of the side that there is, where the other is empty
+    gain, loss = (float(side.mean()) if len(side) else size for side in (gains, losses))
+    low, high = _clopper_pearson(len(gains), changed)
+    share = changed / len(change_I)
+    return (low * gain - (1 - low) * loss) * share, (high * gain - (1 - high) * loss) * share
 
 
 def _clopper_pearson(num_hits: int, num: int) -> Bounds:

@@ -13,7 +13,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
+from preceptor.trackers.sink import OF_EVERY_STEP, PROJECT, TrackedRun, table_of
 
 _LONGEST_VALUE = 500  # characters of a parameter
 _LONGEST_NAME = 240  # of 250 characters, so that `_` may be added
@@ -26,7 +26,7 @@ class MlflowSink:
         self._client = MlflowClient()
         self.tracker_id = run.tracker_id or self._found_or_made(run)
         self._client.update_run(self.tracker_id, status="RUNNING")
-        history = self._client.get_metric_history(self.tracker_id, "train/loss")
+        history = self._client.get_metric_history(self.tracker_id, OF_EVERY_STEP)
         self.last_step: int | None = max((metric.step for metric in history), default=None)
         self.where = f"run {self.tracker_id} in {mlflow.get_tracking_uri()}"
 

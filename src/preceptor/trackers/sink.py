@@ -17,6 +17,7 @@ SINKS: Mapping[str, str] = {
 }
 """Tracker -> its class in NAME_sink.py. The package that it needs and the extra that installs it have its name too."""
 
+OF_EVERY_STEP = "train/num_tokens"  # a step that was skipped may have no loss
 PROJECT = "preceptor"  # where the tracker's own environment variable names none
 
 

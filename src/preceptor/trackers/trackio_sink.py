@@ -9,7 +9,7 @@ from typing import Any
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
 
-from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
+from preceptor.trackers.sink import OF_EVERY_STEP, PROJECT, TrackedRun, table_of
 
 
 class TrackioSink:
@@ -18,7 +18,7 @@ class TrackioSink:
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
         self.where = f"trackio show --project {project}"
         try:
-            steps = [line["step"] for line in SQLiteStorage.get_logs(project, self.tracker_id) if "train/loss" in line]
+            steps = [line["step"] for line in SQLiteStorage.get_logs(project, self.tracker_id) if OF_EVERY_STEP in line]
         except Exception:  # no such project yet
             steps = []
         self.last_step: int | None = max(steps, default=None)
