@@ -133,6 +133,8 @@ def test_an_adapter_that_no_step_has_trained_is_taken_away_whole(tmp_path, live)
 
 ENDS_EARLY = {
     "a target that is none": {"adapter": {"rank": 2, "target_modules": ["nothing"]}},
+    "a rank that is too large": {"adapter": {"rank": 2048, "init": "pissa"}},
+    "Ctrl-C behind the adapter": {"adapter": {"rank": 2, "modules_to_save": ["norm"]}},
     "Ctrl-C in the preflight": {},
     "Ctrl-C in the preflight, with an adapter": {"adapter": {"rank": 2}},
     "a stop before step 1, with a penalty to the base": {"loss": {"kl_coef": 1.0}},
@@ -165,7 +167,9 @@ def test_a_second_try_trains_what_a_first_one_would_have(tmp_path, live, monkeyp
     given, fresh = loaded(), loaded()
     before = about(given)
     with monkeypatch.context() as patched:
-        if ends.startswith("Ctrl-C"):
+        if ends == "Ctrl-C behind the adapter":
+            patched.setattr("preceptor.train.build._require_same_values", stop_at_once)
+        elif ends.startswith("Ctrl-C"):
             patched.setattr("preceptor.train.run.preflight", stop_at_once)
         elif ends.startswith("a stop"):
             patched.setattr("preceptor.train.run.Loop", stop_at_once)
@@ -325,6 +329,27 @@ def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, secti
     run.train()
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("change", ["template", "token", "config", "nothing"])
+def test_a_cell_that_is_run_again_goes_on_only_with_what_it_had(tmp_path, live, change):
+    """What was changed in between would else be passed over without a word."""
+    given = live()
+    first = run_of(tmp_path, given)
+    for step in first.steps():
+        if step.number == 2:
+            break
+    if change == "template":
+        given["tokenizer"].chat_template = given["tokenizer"].chat_template.replace("\n", " \n", 1) + " "
+    elif change == "token":
+        given["tokenizer"].add_tokens(["<new>"])
+    elif change == "config":
+        given["model"].config.rms_norm_eps *= 2
+    if change == "nothing":
+        run_of(tmp_path, {**given, "tokenizer": None}).train()
+        return
+    with pytest.raises((ConfigError, ModelError, CheckpointError)):
+        run_of(tmp_path, given).train()
 
 
 def test_an_error_in_the_loop_is_raised_and_what_was_trained_is_kept(tmp_path, live):

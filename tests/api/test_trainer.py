@@ -325,6 +325,11 @@ def test_an_argument_may_be_set_later_and_is_read_with_trls_default(base_folder,
         theirs = getattr(trl.SFTConfig(use_cpu=True), name, getattr(trl.ModelConfig(), name, None))
         assert getattr(SFTConfig(), name) == theirs, name
     assert SFTConfig().hub_model_id is None and not hasattr(SFTConfig(), "lerning_rate")
+    theirs = trl.SFTConfig(use_cpu=True)
+    for name in known_settings() - {"accelerator_config", "output_dir", "use_cpu"}:
+        if hasattr(theirs, name):
+            value = getattr(theirs, name)
+            assert getattr(SFTConfig(), name) == getattr(value, "value", value), name
     with pytest.raises(ConfigError, match="lerning_rate: unknown argument; did you mean 'learning_rate'"):
         args.lerning_rate = 1
     assert copy.deepcopy(args).arguments == args.arguments
@@ -358,7 +363,7 @@ def test_a_formatting_function_gives_one_string(base_folder, tmp_path, made, say
         ([{"body": "Some text.", "text": "Other text."}], "body", "Some text.", None),
         ([{"text": "Some text."}], "text", "Some text.", None),
         ([{"text": "Some text.", "instruction": "a", "output": "b"}], "text", "Some text.", None),
-        ([{"text": "Some text.", "instruction": "a", "output": "b"}], None, "⟦b<|im_end|>", "there `text` is trained"),
+        ([{"text": "Some text.", "instruction": "a", "output": "b"}], None, "Some text.", None),
         ([{"body": "a", **conversations(1)[0]}], "body", "start 0?<|im_end|>", "'body' is not read: `messages`"),
         ([{"body": "a", "prompt": "b", "completion": "c"}], "body", "⟦c", "'body' is not read: `prompt`"),
     ],

@@ -31,13 +31,59 @@ _MEASURED = {"loss": "loss", "mean_token_accuracy": "token_accuracy"}  # of held
 _OF_SCHEDULES = {"min_lr", "min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"}
 _EPSILON = 1e-8  # of AdamW
 _CONVERSATIONS = ("prompt", "messages", "conversations")  # which TRL looks for before it looks for a text
+_OFF = """
+activation_offloading assistant_only_loss auto_find_batch_size batch_eval_metrics bf16_full_eval dataloader_drop_last
+dataloader_persistent_workers dataloader_pin_memory disable_tqdm do_eval do_predict do_train enable_jit_checkpoint
+eval_on_start eval_use_gather_object fp16 fp16_full_eval full_determinism hub_always_push ignore_data_skip
+load_best_model_at_end logging_first_step packing padding_free prediction_loss_only push_to_hub
+restore_callback_states_from_checkpoint save_on_each_node save_only_model shuffle_dataset torch_compile
+trust_remote_code use_cache use_cpu use_liger_kernel
+"""
+_ON = """
+average_tokens_across_devices bf16 dataloader_in_order eval_do_concat_batches log_on_each_node logging_nan_inf_filter
+remove_unused_columns skip_memory_metrics
+"""
+_READ: dict[str, Any] = {
+    **dict.fromkeys(_OFF.split(), False),
+    **dict.fromkeys(_ON.split(), True),
+    "adam_epsilon": _EPSILON,
+    "dataloader_num_workers": 0,
+    "dataset_text_field": "text",
+    "ddp_timeout": 1800,
+    "debug": [],
+    "eval_batch_size": 8,
+    "eval_delay": 0,
+    "eval_strategy": "no",
+    "hub_strategy": "every_save",
+    "include_for_metrics": [],
+    "include_num_input_tokens_seen": "no",
+    "label_smoothing_factor": 0.0,
+    "length_column_name": "length",
+    "local_rank": -1,
+    "log_level": "passive",
+    "log_level_replica": "warning",
+    "logging_strategy": "steps",
+    "loss_type": "nll",
+    "max_steps": -1,
+    "optim": "adamw_torch_fused",
+    "packing_strategy": "bfd",
+    "per_device_eval_batch_size": 8,
+    "project": "huggingface",
+    "report_to": [],
+    "save_steps": 500,
+    "save_strategy": "steps",
+    "train_batch_size": 8,
+    "train_sampling_strategy": "random",
+    "truncation_mode": "keep_start",
+}
+"""TRL's defaults (1.16) that `preceptor convert` does not ask for."""
 
 
 class SFTConfig:
     """Arguments by the names of TRL's SFTConfig, which may be set later too, until a trainer is made of them.
 
-    Those that are not given have TRL's values where a run has such a key, and are read as None where it has none. It
-    needs no TRL. An SFTConfig of TRL, or TrainingArguments of transformers, will do as well.
+    Those that are not given are read as TRL's defaults (1.16). It needs no TRL. An SFTConfig of TRL, or
+    TrainingArguments of transformers, will do as well.
     """
 
     arguments: dict[str, Any]
@@ -57,7 +103,8 @@ class SFTConfig:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in known_settings():
             raise AttributeError(f"SFTConfig has no argument {name!r}")
-        return self.arguments.get(name, DEFAULTS["TRL"].get(NAMES.get(name, name)))
+        default = _READ.get(name, DEFAULTS["TRL"].get(NAMES.get(name, name)))
+        return self.arguments.get(name, list(default) if isinstance(default, list) else default)
 
     def __repr__(self) -> str:
         return f"SFTConfig({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
@@ -190,11 +237,8 @@ def sources_of(
             raise ConfigError(f"dataset_text_field: {key} has no column {text!r}; {nearest(text, names)}")
         how = f"{key}={{'path': ..., 'columns': {{'text': {text!r}}}}}"
         return given, [("dataset_text_field", f"of this data say it so: {how}")] if own else []
-    if own or (field and has_format(others)):
+    if own or has_format(others):  # TRL trains the texts, whatever stands beside them
         return {"path": given, "columns": {"text": text}}, []
-    if has_format(others):
-        why = f"there `text` is trained, here a conversation made of {', '.join(map(repr, others))}; give the argument"
-        return given, [("dataset_text_field", f"{why} to train the texts")]
     return given, []
 
 

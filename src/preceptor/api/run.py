@@ -7,6 +7,7 @@
 It is what `preceptor train` drives: the same checks, folder, checkpoints, logs and trackers.
 """
 
+import inspect
 import io
 import os
 import signal
@@ -173,10 +174,9 @@ class Run:
         Raises ConfigError, DataError, TemplateError, ModelError and CheckpointError, each saying what to do.
         """
         if (before := self._open()) is not None:
-            try:
-                before.close()
-            except ValueError:  # it is running
-                raise ConfigError("steps(): of this run are being taken already, by another thread or inside") from None
+            if inspect.getgeneratorstate(before) == inspect.GEN_RUNNING:
+                raise ConfigError("steps(): of this run are being taken already, by another thread or inside")
+            before.close()
         steps = self._steps(resume, replace)
         self._open = weakref.ref(steps)
         return steps

@@ -68,8 +68,9 @@ class _LiveValues:
         for key in _OF_FILES:
             if section.get(key) is not None:
                 raise ConfigError(f"model.{key}: says how a model is loaded, and this one is; remove it")
-        found = tokenizer if tokenizer is not None else _tokenizer_of(path)
-        self._held = HeldModel.of(path, getattr(found, "tokenizer", found), out)  # of a processor: its tokenizer
+        own = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor: its tokenizer
+        known = HeldModel.of_unfinished(path, own, out)
+        self._held = known or HeldModel(path, _tokenizer_of(path) if own is None else own)
         return {**section, "path": f"{LIVE}{self._held.name}", "dtype": self._held.dtype}
 
     def data(self, given: Any) -> dict[str, Any]:

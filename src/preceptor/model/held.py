@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from tokenizers import AddedToken
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,6 +51,7 @@ class HeldModel:
         self.base: Any = None
         self.has_steps = False
         self.unfinished: Path | None = None
+        self._left: str | None = None
         self.record: dict[str, Any] | None = None
         self.trainable: set[str] | None = None
         self.trained: set[str] = set()
@@ -64,14 +65,22 @@ class HeldModel:
             (self.folder / "generation_config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(self.folder)
 
-    @classmethod
-    def of(cls, model: Any, tokenizer: Any, out: str | Path | None) -> "HeldModel":
-        """As the constructor; but the one that an unfinished run in `out` trains, while this program has that run."""
+    @staticmethod
+    def of_unfinished(model: Any, tokenizer: Any, out: str | Path | None) -> "HeldModel | None":
+        """The one that an unfinished run in `out` trains, while this program has that run, if nothing of model and
+        tokenizer was changed since. tokenizer: None where none is given.
+        """
         known = _unfinished.get(id(model))
-        same = known is not None and known.model is model and known.tokenizer is tokenizer and out is not None
-        if known is not None and same and known.unfinished == Path(os.path.realpath(str(out))):
-            return known
-        return cls(model, tokenizer)
+        if known is None or known.model is not model or tokenizer not in (None, known.tokenizer) or out is None:
+            return None
+        same = known.unfinished == Path(os.path.realpath(str(out))) and known._left == known._settings()
+        return known if same else None
+
+    def _settings(self) -> str:
+        """What is read of model and tokenizer beside weights, to tell whether a program has changed it."""
+        of_model = (each and each.to_dict() for each in (self.model.config, self.model.generation_config))
+        tokenizer = self.tokenizer
+        return repr((*of_model, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.get_added_vocab()))
 
     @property
     def name(self) -> str:
@@ -135,6 +144,10 @@ class HeldModel:
         Where no step was taken, model and tokenizer are as they were when the model was taken, but for its device: a
         second try finds what the first one found. Without an adapter, the parameters require gradients that did then.
         """
+        self._release()
+        self._left = self._settings()
+
+    def _release(self) -> None:
         if self.built is not None:
             model = self.built[0]
             leave_plain(model)
@@ -146,6 +159,7 @@ class HeldModel:
                         module.modules_to_save["default"] = module.original_module
                 self.model = model.unload()
         if self._before is not None and not self.has_steps:
+            _take_off_adapter(self.model)  # of a build that was not finished
             self._before.put_back()
             self.built, self.base, self._before = None, None, None
         if self.trainable is not None:
@@ -168,6 +182,22 @@ class _BeforeTraining:
         for holder, own in [*self._settings, (self._tokenizer, self._tokenizers_own)]:
             vars(holder).clear()
             vars(holder).update(own)
+
+
+def _take_off_adapter(model: nn.Module) -> None:
+    """Leave the modules that peft has put its own around."""
+    around: list[str] = []
+    for name, module in [*model.named_modules()]:
+        inner = module
+        if any(name.startswith(f"{outer}.") for outer in around):
+            continue
+        while isinstance(inner, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner.original_module
+        if inner is not module:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, inner)
+            around.append(name)
+    vars(model).pop("peft_config", None)
 
 
 def _trainable(model: nn.Module) -> set[str]:
