@@ -167,8 +167,8 @@ class EfficientGLU(nn.Module):
         unit: Any = self
         if unit.engine_state.casts is None or rest or named:
             return super().forward(x, *rest, **named)
-        gate, up = unit.gate_proj(x), unit.up_proj(x)
-        return unit.down_proj(_Gated.apply(gate, up, *unit.engine_settings, is_fused(unit)))
+        settings = *unit.engine_settings, is_fused(unit)  # without a graph both factors are freed before `down_proj`
+        return unit.down_proj(_Gated.apply(unit.gate_proj(x), unit.up_proj(x), *settings))
 
 
 @torch.no_grad()
