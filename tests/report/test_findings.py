@@ -215,6 +215,17 @@ def test_the_headline_knows_what_was_measured(tmp_path):
     assert few.headline == "It is finished; too few steps to say what it learned, with 1 warning"
 
 
+@pytest.mark.parametrize(("right", "headline"), [(4, "It learned"), (1, "It memorised its training examples")])
+def test_answers_to_held_out_questions_are_a_measure_too(tmp_path, right, headline):
+    """As the demo has them, which computes no held-out loss."""
+    samples = [sample(20, f"{n}?", f"answer {n}", exact=n < right) for n in range(5)]
+    verdict = judged(
+        tmp_path / "a", eval=[], samples=samples, summary={"num_steps": 20, "seconds": 12.0, "base_exact_match": 0.2}
+    )
+    assert verdict.headline.startswith(headline) and f"{right} of 5" in str(verdict.findings)
+    assert "Neither a loss" not in str(verdict.findings)
+
+
 def test_one_answer_to_questions_that_have_one_is_not_suspicious(tmp_path):
     samples = [sample(20, str(n), "Yes.", reference="Yes.") for n in range(3)]
     assert "the same answer" not in " ".join(

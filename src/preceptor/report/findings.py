@@ -95,6 +95,9 @@ def _state(run: RunRecord) -> str:
         return "It is finished; too few steps to say what it learned"
     evaluations = run.held_out_of_model  # all finite, else `judge` had an error
     if len(evaluations) < 2:
+        right, before = _right_answers(run), run.summary.get("base_exact_match")
+        if right and before is not None:
+            return "It learned" if sum(right) / len(right) > before else "It memorised its training examples"
         return "It learned its training examples; more was not measured" if run.steps else "It is finished"
     first, last = (float(evaluation["loss"]) for evaluation in (evaluations[0], evaluations[-1]))
     return "It learned" if last < first * (1 - NOTHING_LEARNED) else "It memorised its training examples"
@@ -188,7 +191,7 @@ def _not_finite(run: RunRecord) -> Iterator[Finding]:
 def _held_out(run: RunRecord) -> Iterator[Finding]:
     """Of evaluations whose loss is finite; nothing of a model whose own is not."""
     evaluations = finite(run.held_out)
-    if not run.held_out:
+    if not run.held_out and not _right_answers(run):
         seen = (
             "Neither a loss on held-out examples nor answers to them were measured: what was learned beyond the "
             "training examples is not known."
@@ -275,11 +278,22 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
+def _last_answers(run: RunRecord) -> list[Any]:
+    """The prompts that the saved model was asked; none before the first step."""
+    step = max((each.last["step"] for each in run.prompts), default=0)
+    return [each for each in run.prompts if each.last["step"] == step] if step else []
+
+
+def _right_answers(run: RunRecord) -> list[bool]:
+    """Whether each answer to a held-out question is exact, where that was looked at for all."""
+    last = [each.last for each in _last_answers(run)]
+    return [bool(sample["exact"]) for sample in last] if all("exact" in sample for sample in last) else []
+
+
 def _answers(run: RunRecord) -> Iterator[Finding]:
     """The saved model's answers: whether they stop, are right, are empty, all alike, or the base model's."""
-    step = max((each.last["step"] for each in run.prompts), default=0)
-    prompts = [each for each in run.prompts if each.last["step"] == step]
-    if not prompts or step == 0:
+    prompts = _last_answers(run)
+    if not prompts:
         return
     last = [each.last for each in prompts]
     if all("stopped" in sample for sample in last):
@@ -290,8 +304,8 @@ def _answers(run: RunRecord) -> Iterator[Finding]:
         else:
             level: Severity = "good" if len(stopped) >= MANY_ANSWERS else "note"
             yield Finding(level, f"Answers stop by themselves: {_of(stopped)}.")
-    if all("exact" in sample for sample in last):
-        right = _of([bool(sample["exact"]) for sample in last])
+    if answers := _right_answers(run):
+        right = _of(answers)
         before = run.summary.get("base_exact_match")
         base = "" if before is None else f"; the base model: {before:.1%}"
         yield Finding("note", f"Exact answers to held-out questions: {right}{base}.")
