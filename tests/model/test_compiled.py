@@ -19,6 +19,7 @@ from preceptor.model.activations import layers, modules
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.checks import check_fused
 from preceptor.model.forward import Engine
+from preceptor.model.loss import linear_cross_entropy as linear_cross_entropy_module
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.model.optimisations import OPTIMISATIONS, give_up_compiling, install
 from preceptor.model.options import ActivationPolicy, LossOptions
@@ -166,6 +167,26 @@ def test_each_compiled_formula_is_held_against_itself(kind, dtype, on_a_gpu):
         true, found = (modules.fused_trial(each, torch.device("cpu"), dtype, fused) for fused in (False, True))
         for own, expected in zip(found, true, strict=True):
             assert own.dtype == expected.dtype and torch.allclose(own, expected, bound, bound)
+
+
+def test_a_last_bit_of_the_loss_under_autocast_is_no_other_loss(on_a_gpu, monkeypatch):
+    """Planted, as a GPU's own exponential has it: it decides now and then how a gradient is rounded to bfloat16."""
+
+    def almost(function):
+        def run(logits_RV, *given):
+            losses_R = function(logits_RV, *given)
+            logits_RV.mul_(1 + 1e-5)
+            return losses_R
+
+        return run
+
+    monkeypatch.setattr(linear_cross_entropy_module, "compiled_function", almost)
+    model = tiny_model("llama")
+    installed(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_fused(model, LossOptions(), torch.bfloat16)
+    with pytest.raises(ModelError, match=r"loss: compiled in torch\.float32, it gives something else"):
+        check_fused(model, LossOptions(), torch.float32)
 
 
 def test_where_layers_are_not_compiled_their_formulas_are_and_it_is_said(on_a_gpu):
