@@ -73,6 +73,13 @@ def test_the_best_model_is_saved_and_the_last_is_kept(overfitting, preceptor, tm
     assert equal(model(folder), model(tmp_path / "short"))
 
 
+def test_a_decay_that_the_warm_up_shortens_is_told(run_file, preceptor):
+    settings = {"train__duration": "3 steps", "optimizer__lr_scheduler": "wsd", "optimizer__warmup": "2 steps"}
+    code, out, error = preceptor("train", run_file(conversations(2), **settings), "optimizer.decay=2 steps")
+    assert code == 0, error
+    assert "optimizer.decay: 1 step, as the warm-up leaves no more; 2 were asked for" in out
+
+
 def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     file, folder = overfitting
     run = config.load(file, ["checkpoint.best=loss", "checkpoint.keep=1"])

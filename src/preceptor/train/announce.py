@@ -57,6 +57,10 @@ def announce(
         lines.append(
             f"optimizer.warmup: {num:,} steps, more than the run has: its learning rate never gets to the peak"
         )
+    decay = run.optimizer.decay.steps(loader.steps_per_epoch, num_steps) if run.optimizer.decay else 0
+    if num <= num_steps < num + decay:
+        left = counted(num_steps - num, "step")
+        lines.append(f"optimizer.decay: {left}, as the warm-up leaves no more; {decay:,} were asked for")
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
 from preceptor.data.loader import Position
-from preceptor.errors import CheckpointError, ModelError, first_line
+from preceptor.errors import CheckpointError, ModelError, command, first_line
 from preceptor.files import (
     Described,
     cannot_write,
@@ -262,7 +262,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{place}: was saved without the state of the optimizer, as the training was over and its model could "
                 "not be saved; no step can follow it. Run it as it was (train.duration, train.patience), which saves "
-                f"the model, or make a model of it by `preceptor export {place} --to hf`"
+                f"the model, or make a model of it by `{command('export', place, '--to', 'hf')}`"
             )
 
     def restore_weights(self, state: State, step: int) -> None:

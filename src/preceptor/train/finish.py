@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preceptor.errors import CheckpointError, counted
+from preceptor.errors import CheckpointError, command, counted
 from preceptor.files import free_bytes, readable_bytes
 from preceptor.report.page import write_report
 from preceptor.train.run_folder import RunFolder
@@ -90,5 +90,5 @@ def report_safely(folder: Path, say: Say) -> None:
     except Exception as error:
         say(
             f"the report could not be written ({type(error).__name__}: {error}); the run itself is complete. "
-            f"Try `preceptor report {folder}`"
+            f"Try `{command('report', folder)}`"
         )
