@@ -14,7 +14,7 @@ SCHOLAR = "scholar"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _OF_A_RUN = ("config.yaml", "environment.json")  # what the folder of a run holds from its start on
 _CHECKPOINT = re.compile(r"step-\d+")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # as huggingface_hub
 _SECONDS = 10  # to wait for the Hub's answer
 
 

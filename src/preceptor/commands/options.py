@@ -34,12 +34,15 @@ TemplateName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 BaseModel = Annotated[str, typer.Argument(help="The base model: a folder, Hub id or `scholar`.")]
-TunedModel = Annotated[str, typer.Argument(help="The tuned model: a run's folder, or any model or adapter.")]
+TunedModel = Annotated[str, typer.Argument(help="The tuned model: a run's folder, or any model folder or Hub id.")]
 AnyModel = Annotated[
     str, typer.Argument(help="A run's folder, its checkpoint, a model or adapter folder, a Hub id or `scholar`.")
 ]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model or reads its run's data."),
+]
 DeviceName = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="`auto`: the GPU if there is one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items per task, sampled by --seed. Default: all.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at a time.")]

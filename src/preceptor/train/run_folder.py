@@ -23,8 +23,8 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -33,7 +33,7 @@ from typing import Any
 
 from preceptor import config
 from preceptor.config.yaml_text import one_line_yaml
-from preceptor.errors import CheckpointError, ConfigError
+from preceptor.errors import CheckpointError, ConfigError, ModelError
 from preceptor.files import (
     read_json,
     read_json_lines,
@@ -291,6 +291,25 @@ def is_run(folder: Path) -> bool:
 def record_of(folder: Path) -> dict[str, Any]:
     """environment.json; {} where there is none that can be read."""
     return _readable(folder / RECORD)
+
+
+def where_it_started(folder: Path) -> AbstractContextManager[None]:
+    """Inside, relative paths of the run file mean what they meant where training was started, if that folder exists."""
+    directory = record_of(folder).get("directory")
+    if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
+        return chdir(directory)
+    return nullcontext()
+
+
+def require_trusted(sources: Iterable[config.Source], run_file: Path, trusted: bool) -> None:
+    """Raises ModelError where Python code reads the data of a run that may be somebody else's.
+
+    trusted: by who opens it; its file does not decide whether its code is run.
+    """
+    if any(source.code for source in sources) and not trusted:
+        raise ModelError(
+            f"{run_file}: its data is read by Python code (`code`). Read it; then --trust-remote-code runs it"
+        )
 
 
 def _readable(file: Path) -> dict[str, Any]:
