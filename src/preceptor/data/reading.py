@@ -111,7 +111,7 @@ class SourceReader:
         keys = [key for key in of_tables if key is not None]
         if cache is None or len(keys) < len(of_tables):
             return list(self._built(source, cache, list(zip(source.tables, of_tables, strict=True))))
-        cache.use(set(keys))
+        cache.use([cache.table_path(key) for key in keys])
 
         def look_up() -> list[TableTrees | None]:
             return [TableTrees.cached(table.name, cache, key) for table, key in zip(source.tables, keys, strict=True)]
@@ -224,6 +224,7 @@ def _from_cache_or_rendered(
         for portion in portions:
             contents = hashlib.sha256(b"".join(portion.digests)).hexdigest()
             portion.key = key_of("portion", renderer.key, with_texts, len(portion.digests), contents)
+            cache.use([cache.portion_path(portion.key)])  # also of a table that the cache cannot have
             _look_up(cache, portion)
             yield portion
 
