@@ -15,6 +15,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -101,7 +102,7 @@ def _scored(item: TaskItem, answer: GeneratedAnswer, own: OwnFunction | None) ->
 def _own_value(item: TaskItem, answer: str, own: OwnFunction) -> float:
     """The number that the user's function gives. Raises DataError for anything else."""
     prompt = _prompt_of(item)
-    asked = {"messages": prompt.messages} if prompt.text is None else {"prompt": prompt.text}
+    asked = {"messages": deepcopy(prompt.messages)} if prompt.text is None else {"prompt": prompt.text}
     example = {"source": item.source, **asked, "accepted": list(item.accepted), "match": item.match, **item.groups}
     try:
         value = float(own.function(answer, example))
