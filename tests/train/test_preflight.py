@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -18,11 +19,13 @@ from preceptor.model import compiled
 from preceptor.model.attention import cuda, runs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
+from preceptor.model.sharding import device_mesh, shard_model
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import prepare
 from preceptor.train.step import Objective
+from preceptor.world import Silenced
 from runs import execute
 from tiny import branching, chain, tiny_model, tiny_tokenizer
 
@@ -314,3 +317,59 @@ def test_an_error_of_another_kind_gives_no_kernel_up(kernels):
         preflight(tiny_model("llama"), loader(), "float32", lines.append, objective=objective)
     assert kernels() == {} and cuda.replaceable_kernels() == [cuda.FLEX]
     assert not any("switched off" in line for line in lines)
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def prove_spread(world, strategy, fails, in_backward=False):
+    """All proofs of a model on two ranks: its lines about kernels. fails: whether flex does, for how many tokens."""
+    cuda._in_use, cuda._given_up = set(), {}
+    given = Loader(Dataset.of([chain(RNG, (180, 8)), chain(RNG, (8, 130))]), 200, 2, seed=0)
+    assert [sequence.num_tokens for sequence in given.largest_sequences()] == [188, 138]
+    running = []
+
+    def attend(query, key, value, layout, *named):
+        cuda._in_use.add(cuda.FLEX)
+        if query.requires_grad and fails(running[-1]):
+            if not in_backward:
+                raise NoSuchKernel("no space left on device")
+            value = FailsInBackward.apply(value)
+        return runs.attend_runs(query, key, value, layout, *named)
+
+    def loss_of(engine, sequence):
+        running.append(sequence.num_tokens)
+        return engine(sequence)
+
+    runs.fast_path = lambda *_: None if cuda.FLEX in cuda._given_up else attend
+    engine, lines = Engine(tiny_model("llama")), []
+    shard_model(engine, device_mesh(strategy, "cpu", world.size, world.size))
+    preflight(engine.model, given, "float32", lines.append, planted(loss_of), world=world)
+    assert world.gather(world.rank) == [0, 1], "in step to the end"
+    assert lines[-2].startswith("proved: the largest sequences")
+    return running[-2:], [line for line in lines if "switched off" in line]
+
+
+def test_a_process_that_lacks_a_kernel_for_the_second_sequence_stays_in_step():
+    """It proves both without that kernel then, and so do the others, who sum gradients with it."""
+    found = run_ranks(2, lambda world: prove_spread(world, "replicate", lambda tokens: world.rank and tokens < 188))
+    (first, none), (second, (line,)) = found
+    assert first == second == [188, 138] and none == [] and "flex_attention failed" in line
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_sharded_model_goes_on_without_a_kernel_that_fails_in_all_processes(in_backward):
+    for tokens, lines in run_ranks(2, lambda world: prove_spread(world, "shard", lambda tokens: True, in_backward)):
+        assert tokens == [188, 138] and len(lines) == 1
+
+
+def test_of_a_sharded_model_the_error_of_one_process_ends_all(monkeypatch):
+    """Which wait for its weights meanwhile."""
+    monkeypatch.setattr("preceptor.world._ALIKE_SECONDS", 0.3)
+
+    def work(world):
+        with world.errors_told_once():
+            return prove_spread(world, "shard", lambda tokens: world.rank == 1)
+
+    first, second = run_ranks(2, work)
+    assert "no space left on device" in str(second) and isinstance(first, Silenced)

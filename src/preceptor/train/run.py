@@ -154,7 +154,7 @@ class Training:
         if run.engine != "plain":
             compile_update(self._state.optimizer, device, say, world)
         reserved = optimizer_memory(self._state.optimizer)
-        loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved)
+        loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved, world)
         self._loader, self._num_steps = loader, run.train.duration.steps(loader.steps_per_epoch)
         where_rejected = f"see {run.out}/rejections.jsonl"
         if dry_run:

@@ -125,11 +125,16 @@ def give_up_kernel(error: str) -> str | None:
     return None
 
 
-def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
+def with_kernels_that_run(
+    run: Callable[[], T],
+    gave_up: Callable[[str, str], None] = lambda kernel, error: None,
+    may_repeat: Callable[[], bool] = lambda: True,
+) -> T:
     """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
 
     Triton may have none for heads of this size on this GPU, in forward or in backward alone. Where `run` fails without
-    the kernels too, they are not the cause: they are used again.
+    the kernels too, they are not the cause: they are used again. may_repeat: asked after a failure, before `run` is run
+    again.
     """
     given_up: dict[str, str] = {}
     while True:
@@ -137,7 +142,8 @@ def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], No
             result = run()
         except Exception as error:  # Triton's own errors are of no common kind
             words = f"{type(error).__name__}: {first_line(error)}"
-            kernel = None if isinstance(error, PreceptorError) or is_out_of_memory(error) else give_up_kernel(words)
+            is_other = isinstance(error, PreceptorError) or is_out_of_memory(error) or not replaceable_kernels()
+            kernel = None if is_other or not may_repeat() else give_up_kernel(words)
             if kernel is None:
                 for name in given_up:
                     del _given_up[name]
