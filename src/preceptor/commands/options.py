@@ -12,6 +12,7 @@ import typer
 
 from preceptor import errors
 from preceptor.console import print_json, say
+from preceptor.files import try_file, writing
 from preceptor.hub import adapter_base, checkpoint_at, resolve_model_path
 
 if TYPE_CHECKING:
@@ -79,6 +80,16 @@ def check_models(*paths: str | None, checkpoints: bool = False) -> None:
     for path in filter(None, paths):
         if not (checkpoints and checkpoint_at(path)):
             adapter_base(resolve_model_path(path, adapters=True))
+
+
+def try_folder(folder: Path, *names: str) -> None:
+    """Make a folder for results. Raises CheckpointError where one of these files cannot be written to it: before the
+    work whose results they are to hold.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        try_file(folder / name)
 
 
 def run_of(

@@ -155,6 +155,7 @@ def _weights(file: Path, known: Mapping[tuple[str, int, int], str | None]) -> di
 def tasks_sha256(tasks: Sequence[Task]) -> str:
     """Of what is asked, wherever it was read."""
     asked: list[object] = [(task.kind, [{**asdict(item), "source": ""} for item in task.items]) for task in tasks]
+    asked += [task.max_new_tokens for task in tasks if task.max_new_tokens is not None]
     asked += [task.own.sha256 for task in tasks if task.own is not None]
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 
