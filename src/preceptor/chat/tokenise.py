@@ -32,6 +32,8 @@ SpecialTokens = Literal["reject", "plain", "allow"]
 _CACHED_IDS = 100_000  # few enough to stay in the processor's cache
 _HUGE = 2**22  # characters in one call of the tokenizer, which takes 150 bytes for each
 _ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where a token would cross from what is before
+_RARE = ("\U0001f9ea", "\u0e01", "\u4e8c")  # characters that a vocabulary without bytes may lack
+_PRIVATE = "\U0010fffd"  # one that it lacks, but its normaliser may drop it
 
 
 class Tokeniser:
@@ -45,7 +47,6 @@ class Tokeniser:
         if self.in_chunks:
             self.words = Words(tokenizer)
         self.cuts_words = self.in_chunks and self.words.pattern is not None
-        self._unknown = tokenizer.unk_token_id
         added = [(token, number) for number, token in tokenizer.added_tokens_decoder.items()]
         self._lstrip = {token.content for token, _ in added if token.lstrip}
         self._rstrip = {token.content for token, _ in added if token.rstrip}
@@ -56,9 +57,12 @@ class Tokeniser:
         )
         self._cache: dict[tuple[str, str], Ids] = {}
         self._num_cached = 0
+        rare = {text: self.whole(text) for text in (*_RARE, _PRIVATE)}
+        unknown = tokenizer.unk_token_id
+        # GPT-2 names its eos as the unknown token, but has bytes for all texts: then it stands only for itself.
+        self._unknown = unknown if any(unknown in ids for ids in rare.values()) else None
         self._drops_characters = any(
-            tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
-            for rare in ("\U0001f9ea", "\u0e01", "\u4e8c")
+            unknown not in rare[text] and text not in tokenizer.decode(rare[text]) for text in _RARE
         )
 
     def whole(self, text: str) -> Ids:

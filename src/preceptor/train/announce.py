@@ -46,7 +46,7 @@ def announce(
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
-    lines += thinking_lines(prepared.counts.thinking(), prepared.counts.defaults())
+    lines += thinking_lines(prepared.counts.thinking(), prepared.counts.defaults(), prepared.counts.unread())
     lines += left_out_lines(prepared.counts.left_out())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]

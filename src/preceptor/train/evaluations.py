@@ -64,7 +64,8 @@ class Evaluations:
         held_out, num_samples = prepared.held_out, prepared.run.eval.num_samples
         conversations = [(example, tree) for example, tree in held_out if isinstance(example, Conversation)]
         self.prompts = [first_prompt(example, tree) for example, tree in conversations[:num_samples]]
-        self.held_out, self._tasks = label_targets(held_out, prepared.chat.tokenizer), prepared.tasks
+        tags = prepared.chat.template.reasoning_tags if prepared.chat.template else {}
+        self.held_out, self._tasks = label_targets(held_out, prepared.chat.tokenizer, tags), prepared.tasks
         self._measured_on = {task.name: tasks_sha256([task]) for task in self._tasks}
         self._measured_on |= {"held_out": held_out_sha256(prepared)} if self.held_out else {}
         self._base = _base_figures(prepared, world) if prepared.tasks else None
