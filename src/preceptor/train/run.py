@@ -179,10 +179,11 @@ class Training:
 
     def _require_room(self) -> None:
         """Raises CheckpointError where the disk has no room for the model and the checkpoints of this run."""
-        settings, num = self.prepared.run.checkpoint, 0
+        run = self.prepared.run
+        settings, num = run.checkpoint, 0
         if settings.every is not None:
             num = max(1, settings.keep + 1 + (settings.best is not None) - len(self._checkpoints.found()))
-        model_bytes = saved_bytes(self.model, _saved_adapter(self.prepared.run))
+        model_bytes = saved_bytes(self.model, saved_dtype(run.model), _saved_adapter(run))
         require_room(self.folder.path, model_bytes, checkpoint_bytes(self._state), num)
 
     def _go_on(self) -> None:
