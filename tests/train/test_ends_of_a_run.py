@@ -299,6 +299,21 @@ def test_a_file_STOP_saves_and_ends_the_run_and_the_same_command_goes_on(run_fil
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_a_file_STOP_that_is_made_while_a_checkpoint_is_written_is_obeyed(run_file, tmp_path, monkeypatch, preceptor):
+    file, folder, write = run_file(), tmp_path / "run", checkpoint.Checkpoints._write
+
+    def meanwhile(self, content, num_bytes, manifest):
+        if manifest["step"] == 2:
+            (folder / "STOP").touch()
+        write(self, content, num_bytes, manifest)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", meanwhile)
+    when(2, (folder / "SAVE").touch, monkeypatch)
+    code, _, error = preceptor("train", file)
+    assert code == EXIT_CODE and "stopped by the file STOP after step 3" in error
+    assert not (folder / "STOP").exists() and not (folder / "SAVE").exists()
+
+
 # Checkpoints by the clock, and while training goes on ----------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.improvement import best_of, stopped_early
 from preceptor.train.optimizer import schedule
-from preceptor.train.run_folder import RunFolder
+from preceptor.train.run_folder import STOP_FILE, RunFolder
 from preceptor.train.signals import Stopped, StopRequest
 from preceptor.train.step import NotFiniteError, Objective, StepLosses, peak_memory_bytes, skip_step, take_step
 from preceptor.world import ONE, World
@@ -113,6 +113,7 @@ class Loop:
                 self.stop.check()
         except Stopped as stopped:
             self.save(wait=True)
+            self.stop.answered(STOP_FILE)
             raise Stopped(stopped.number, state.step) from None
         except (DataError, GeneratorExit) as error:  # the steps so far are not lost
             if self.world.size == 1 or isinstance(error, StreamError | GeneratorExit):  # which all processes have
