@@ -262,6 +262,18 @@ def test_one_step_more_than_may_be_skipped_ends_the_run_also_over_a_kill(run_fil
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_the_steps_before_one_that_is_not_finite_are_not_lost(run_file, tmp_path, broken):
+    file = run_file(checkpoint__every=None)
+    broken(3)
+    with pytest.raises(ModelError, match=r"step 3: .*not finite"):
+        execute(prepare(config.load(file)), QUIET)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    execute(prepare(config.load(file, ["train.max_skipped=1"])), QUIET)
+    execute(prepare(config.load(file, ["train.max_skipped=1", f"out={tmp_path}/whole"])), QUIET)
+    assert ["skipped" in line for line in lines(tmp_path / "run")] == [False, False, True, False]
+    assert equal(model(tmp_path / "run"), model(tmp_path / "whole"))
+
+
 # Files that ask ------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from preceptor import config
 from preceptor.console import Display
 from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import DataError, StreamError
+from preceptor.errors import DataError, ModelError, StreamError
 from preceptor.files import append_line
 from preceptor.model.adapters.folder import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
@@ -174,7 +174,11 @@ class Loop:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
             num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
-            skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
+            try:
+                skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
+            except ModelError:  # on all processes, and no weight was touched: the steps so far are not lost
+                self.save(wait=True)
+                raise
             taken, first = StepLosses(error.loss, error.grad_norm), None
         step = Step(
             number=state.step,
