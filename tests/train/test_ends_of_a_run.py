@@ -84,6 +84,26 @@ def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     assert lines(folder, "eval.jsonl") == lines(tmp_path / "whole", "eval.jsonl")
 
 
+def test_the_best_model_is_saved_later_where_the_last_checkpoint_has_no_room(overfitting, tmp_path, monkeypatch):
+    """Without the states of the optimizer it has."""
+    file, folder = overfitting
+    run, write = config.load(file, ["checkpoint.best=loss"]), checkpoint.Checkpoints._write
+
+    def little_room(self, content, num_bytes, manifest):
+        if manifest["step"] == 12 and any(name.startswith("optimizer.") for name in content):
+            raise CheckpointError("step-00000012: no room")
+        write(self, content, num_bytes, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_write", little_room)
+        with pytest.raises(CheckpointError, match=r"no room\. The training is finished and kept in"):
+            execute(prepare(run), QUIET)
+    execute(prepare(run), QUIET)
+    execute(prepare(config.load(file, ["checkpoint.best=loss", f"out={tmp_path}/whole"])), QUIET)
+    assert json.loads((folder / "summary.json").read_text())["model_step"] < 12
+    assert equal(model(folder), model(tmp_path / "whole"))
+
+
 def test_an_evaluation_whose_step_is_lost_does_not_cost_the_best_checkpoint(overfitting):
     """Killed between the line of a better evaluation and its checkpoint."""
     file, folder = overfitting
