@@ -152,12 +152,6 @@ def remove_folder(path: Path) -> None:
     remove(removed)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left half written, or half removed, in a folder."""
-    for path in folder.glob(".*.partial"):
-        remove(path)
-
-
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Raises CheckpointError."""
     with replacing(path) as partial:

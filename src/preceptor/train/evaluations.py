@@ -102,8 +102,7 @@ class Evaluations:
             line = {"step": state.step, **measured, "measured_on": self._measured_on}
             if patience is not None:
                 line["improvement"] = improvement(self.lines, line, self._sampling.seed)
-            if self._world.is_first:
-                append_line(self._folder / "eval.jsonl", line)
+            self._world.first(lambda: append_line(self._folder / "eval.jsonl", line))
             self.lines.append(line)
             self._say(f"after {counted(state.step, 'step')}: {_shown(measured)}")
 
@@ -133,23 +132,26 @@ class Evaluations:
             evaluated.generate(contexts, self._run.eval.max_new_tokens, sampling=sampling)
             for sampling in (None, self._sampling)
         )
-        if not self._world.is_first:
-            return
-        for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
-            append_line(
-                self._folder / "samples.jsonl",
-                {
-                    "step": step,
-                    "source": prompt.source,
-                    "prompt": prompt.last_message,
-                    "answer": answer.text,
-                    "stopped": answer.stopped,
-                    "sampled": drawn.text,
-                    "sampled_stopped": drawn.stopped,
-                    "temperature": self._sampling.temperature,
-                    "reference": prompt.reference,
-                },
-            )
+        lines = [
+            {
+                "step": step,
+                "source": prompt.source,
+                "prompt": prompt.last_message,
+                "answer": answer.text,
+                "stopped": answer.stopped,
+                "sampled": drawn.text,
+                "sampled_stopped": drawn.stopped,
+                "temperature": self._sampling.temperature,
+                "reference": prompt.reference,
+            }
+            for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True)
+        ]
+
+        def write() -> None:
+            for line in lines:
+                append_line(self._folder / "samples.jsonl", line)
+
+        self._world.first(write)
 
 
 def _kept_figures(file: Path) -> dict[str, Any]:
