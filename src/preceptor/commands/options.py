@@ -56,7 +56,7 @@ CHECK_FAILED = 3  # exit code of a check that does not pass, as for data that ca
 def load_run(run_file: Path, overrides: Sequence[str] | None = None) -> "Run":
     """The run of a run file, all of whose files exist. Raises ConfigError, and as `check_names`."""
     from preceptor import config
-    from preceptor.train.run_folder import with_start
+    from preceptor.train.earlier_run import with_start
     from preceptor.train.session import check_names
 
     return check_names(with_start(config.load(run_file, overrides or [])))

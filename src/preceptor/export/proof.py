@@ -22,7 +22,8 @@ from preceptor.export.ollama import TurnFormat
 from preceptor.export.source import ExportSource
 from preceptor.inspect.probes import ANSWERS, QUESTIONS, SYSTEM, says
 from preceptor.report.run_record import RunRecord
-from preceptor.train.run_folder import RUN_FILE, require_trusted, where_it_started
+from preceptor.train.earlier_run import require_trusted, where_it_started
+from preceptor.train.run_folder import RUN_FILE
 
 NUM_EXAMPLES = 64  # of the run's data; the held-out ones first
 

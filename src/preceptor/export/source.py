@@ -11,7 +11,7 @@ from typing import Self
 from preceptor import hub
 from preceptor.errors import ModelError
 from preceptor.report.run_record import RunRecord, read_run
-from preceptor.train.run_folder import where_it_started
+from preceptor.train.earlier_run import where_it_started
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from preceptor.model.held import leave_plain
 from preceptor.model.load import save_model
 from preceptor.train.build import build_model, saved_dtype
 from preceptor.train.checkpoint import Checkpoints, State
+from preceptor.train.earlier_run import require_trusted, where_it_started
 from preceptor.train.prepare import Prepared, prepare
-from preceptor.train.run_folder import RUN_FILE, record_of, require_trusted, where_it_started
+from preceptor.train.run_folder import RUN_FILE, record_of
 
 
 def open_model(

@@ -37,9 +37,10 @@ from preceptor.train.differences import (
     evaluation_differences,
     rounding_differences,
 )
+from preceptor.train.earlier_run import record_of_start
 from preceptor.train.finish import Say
 from preceptor.train.prepare import Prepared
-from preceptor.train.run_folder import RunFolder, record_of_start
+from preceptor.train.run_folder import RunFolder
 from preceptor.world import World, command_words, package_version
 
 PACKAGES = "preceptor torch transformers tokenizers peft bitsandbytes safetensors datasets numpy jinja2".split()  # noqa: SIM905
