@@ -54,6 +54,20 @@ def test_no_arguments_are_an_empty_object_and_a_string_is_what_it_holds(text):
     assert as_object == as_text
 
 
+@pytest.mark.parametrize("text", [None, AS_JSON, NINE], ids=["chatml", "the function as JSON", "the call as JSON"])
+@pytest.mark.parametrize(
+    "beside", [{"index": 0}, {"id": "abcdefghi"}, {"index": 1, "status": "done", "of": {"a": "b"}}]
+)
+@pytest.mark.parametrize("given", [{"x": 1}, '{"x": 1}'])
+def test_of_a_flat_call_the_function_has_name_and_arguments_alone(text, beside, given):
+    function, id_ = {"name": "get_weather", "arguments": given}, {k: v for k, v in beside.items() if k == "id"}
+    calls = {**beside, **function}, {"type": "function", **id_, "function": function}
+    flat, nested = ([CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}] for call in calls)
+    renderer = make(text=text)
+    assert segments(renderer, flat) == segments(renderer, nested)
+    assert '{"name": "get_weather", "arguments": {"x": 1}}' in segments(renderer, flat)[-1][2]
+
+
 def test_ids_that_carry_the_functions_name():
     rows = [
         CHAT[0],

@@ -106,8 +106,8 @@ class Forms:
     def _call(self, call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The call with its arguments as an object where the template takes one, else as a string of JSON."""
         inner = call.get("function")
-        outer = ("id", "type", "function")
-        function = inner if isinstance(inner, Mapping) else {k: v for k, v in call.items() if k not in outer}
+        of_function = ("name", "arguments")
+        function = inner if isinstance(inner, Mapping) else {k: v for k, v in call.items() if k in of_function}
         given = function.get("arguments")
         arguments: Any = arguments_object(given, where)
         if self.string_arguments and not self.object_arguments:

@@ -23,6 +23,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from preceptor.chat.origins import Leaf, Tools, shared_length
+from preceptor.chat.reasoning import opening_end
 from preceptor.chat.words import Words
 from preceptor.data.examples import Message, Rejected
 
@@ -308,25 +309,35 @@ class SpelledOut:
             self.in_text(as_json(tools), "tools", may_be_plain=False)
         search, found = self.pattern.search, False
         for index, (message, strings) in enumerate(zip(messages, leaves, strict=True)):
-            texts = [leaf.text for leaf in strings if search(leaf.text) is not None]
+            texts = [(leaf.text, leaf.path[0] == "content") for leaf in strings if search(leaf.text) is not None]
             if isinstance(message.given.get("content"), list | Mapping):  # parts that meet; names in a tool's result
-                texts.append(message.content)
+                texts.append((message.content, True))
             calls = message.given.get("tool_calls") or ()
             if not texts and not calls:
                 continue
             own = (*tags, *tags.values()) if message.role == "assistant" else ()
-            where = f"messages[{index}]"
-            for text in texts:
-                found = self.in_text(text, where, own) or found
+            where, rejects = (
+                f"messages[{index}]",
+                self._chosen == "reject",
+            )  # to read it as plain text leaves tags whole
+            for text, is_content in texts:
+                start = opening_end(text, tags) if own and is_content and rejects else 0
+                found = self.in_text(text, where, own, start) or found
             for call in calls:  # names of arguments
                 self.in_text(as_json(call), where, own, may_be_plain=found)
         return found
 
-    def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
-        """Whether the text spells out a token that is to be read as plain text. Raises Rejected."""
+    def in_text(
+        self, text: str, where: str, own: Collection[str] = (), start: int = 0, may_be_plain: bool = True
+    ) -> bool:
+        """Whether the text spells out a token that is to be read as plain text. Raises Rejected.
+
+        own: tokens that may act. start: where an opening tag ends, of which a token may be only a part.
+        """
         if self._chosen == "allow":
             return False
-        found = next((match.group() for match in self.pattern.finditer(text) if match.group() not in own), None)
+        tokens = (match.group() for match in self.pattern.finditer(text) if match.end() > start)
+        found = next((token for token in tokens if token not in own), None)
         if found is None:
             return False
         if self._chosen == "reject" or not may_be_plain:
