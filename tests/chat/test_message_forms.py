@@ -79,6 +79,9 @@ def test_ids_that_carry_the_functions_name():
     texts = [text for _, _, text in segments(make(text=BY_ID), rows)]
     assert texts[1] == '<functions.get_weather:0>{"a": 1}<functions.get_weather:1>{"b": 2}<|im_end|>'
     assert "functions.get_weather:1one" in texts[2] and "functions.get_weather:0two" in texts[2]
+    rows[1] = calling({"a": 1}, {"b": 2}, ids=("functions.get_weather:1", "call_1"))
+    text = segments(make(text=BY_ID), [*rows[:2], CHAT[3]])[1][2]
+    assert text == '<functions.get_weather:1>{"a": 1}<functions.get_weather:2>{"b": 2}<|im_end|>'
 
 
 @pytest.mark.parametrize("id_", [None, "call_9Ab-12cd_EF345", "x"])
@@ -197,6 +200,14 @@ def test_the_same_reasoning_under_several_names_is_one(name, text):
         found = segments(make(text=text), [CHAT[0], turn, *CHAT[:2]])
         first, last = (text for kind, _, text in found if kind == "target")
         assert (first, last) == ("<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>", "the end<|im_end|>"), names
+
+
+def test_different_reasonings_are_told_where_the_turn_is_trained():
+    apart = {"role": "assistant", "content": "Four.", "reasoning": "So.", "thinking": "Not so."}
+    rejection = make().render(conversation([CHAT[0], apart]))
+    assert rejection.code == "reasoning_dropped"
+    assert "the turn has thinking and reasoning, which differ" in rejection.message
+    assert not isinstance(make().render(conversation([CHAT[0], {**apart, "train": False}, *CHAT[:2]])), Rejection)
 
 
 # What the messages say -----------------------------------------------------------------------------------------------

@@ -115,6 +115,15 @@ def test_an_eos_that_is_named_as_the_unknown_token_is_known():
         assert tokeniser.spells_all(ids, text)
 
 
+def test_an_unknown_token_is_found_though_the_vocabulary_has_rare_characters():
+    pieces = [("<unk>", 0.0), *((each, -1.0) for each in "\u2581abcd \U0001f9ea\u0e01\u4e8c")]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.normalizer = normalizers.Replace(Regex(r"\p{Co}"), "")
+    tokeniser = Tokeniser(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"))
+    assert tokeniser.spells_all(tokeniser.whole("abc"), "abc")
+    assert not tokeniser.spells_all(tokeniser.whole("ab\u00e9"), "ab\u00e9")
+
+
 @pytest.mark.parametrize("kind", ["metaspace-first", "metaspace-always"])
 def test_an_unknown_token_that_is_written_is_noticed_also_where_it_is_the_eos(kind):
     tokenizer = build(kind)

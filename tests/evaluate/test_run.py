@@ -226,9 +226,13 @@ def test_a_model_whose_logits_are_not_finite_chooses_and_answers_nothing(alone):
     assert all(math.isnan(result.values["nats"]) for result in run_task(evaluated, task, 8, 2))
 
 
-def test_a_task_may_have_a_limit_of_its_own():
+def test_a_task_may_have_a_limit_of_its_own(monkeypatch):
     evaluated = tiny_evaluated(stop=[299])
     items = (TaskItem("t:1", TaskPrompt(text="the user"), ("x",)),)
     for own, expected in ((None, 6), (3, 3), (9, 9)):
         (result,) = run_task(evaluated, Task("t", "generation", items, max_new_tokens=own), 6, 4)
         assert result.values["num_tokens"] == expected and result.record["stop"] == "length"
+    room = len(evaluated.context(items[0].prompt, "t:1")) + 7
+    monkeypatch.setattr(type(evaluated), "max_tokens", room)
+    (result,) = run_task(evaluated, Task("t", "generation", items, max_new_tokens=2048), 6, 4)
+    assert result.values["num_tokens"] == 7, "as far as the context has room"

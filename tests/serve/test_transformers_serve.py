@@ -138,7 +138,7 @@ def contexts(run_folder):
     from preceptor.export.proof import trained_turns
     from preceptor.export.source import ExportSource
 
-    return [turn.rendered.context for turn in trained_turns(ExportSource.of(str(run_folder))).turns]
+    return [turn.rendered.context for turn in trained_turns(ExportSource.of(str(run_folder)), print).turns]
 
 
 def test_several_turns_are_fed_as_they_were_trained(served, run_folder):

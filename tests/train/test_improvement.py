@@ -1,5 +1,6 @@
 """The best evaluation, and when they no longer improve: from the lines of eval.jsonl alone."""
 
+import json
 import math
 import random
 
@@ -7,6 +8,7 @@ import pytest
 
 from preceptor import config
 from preceptor.errors import ConfigError
+from preceptor.files import json_text
 from preceptor.train.improvement import best_of, improvement, num_without_improvement, outcome, stopped_early
 
 
@@ -62,6 +64,8 @@ def test_a_loss_that_is_not_finite_is_nothing_to_improve_on(first):
     lines = judged(first, first, 2.0, first, 1.5)
     assert [line["improvement"]["improves"] for line in lines] == [True, False, True, False, True]
     assert [line["improvement"]["on_step"] for line in lines] == [None, 0, None, 2, 2]
+    kept = json.loads(json_text(lines[:2]))  # as a run that goes on reads them
+    assert improvement(kept, lines[2], 0)["improves"] and kept[0]["by_example"]["loss"][0] is None
 
 
 def test_other_held_out_examples_are_no_pair():

@@ -141,15 +141,15 @@ class _CallIds:
 
     def _fitted(self, given: Any, name: str) -> Any:
         """A call's id in the form that the template takes; no two given ids become one."""
-        form, number = self._forms.ids, self._num_calls
-        if form == "named" and name not in str(given):
-            return f"functions.{name}:{number}"
-        if form != "nine" and (given is not None or not self._forms.needs_ids):
-            return given
-        fits = given is None or _NINE.fullmatch(str(given))
-        ours = given if fits else re.sub(r"[^A-Za-z0-9]", "", f"{number:09}{given}")[-9:]
-        taken = {None, *(id_ for key, (id_, _) in self._calls.items() if key != given)}
+        form, number, ours = self._forms.ids, self._num_calls, given
         free = (f"call{n:05}" for n in count(number))
+        if form == "named" and name not in str(given):
+            ours, free = None, (f"functions.{name}:{n}" for n in count(number))
+        elif form != "nine" and (given is not None or not self._forms.needs_ids):
+            return given
+        elif form == "nine" and given is not None and not _NINE.fullmatch(str(given)):
+            ours = re.sub(r"[^A-Za-z0-9]", "", f"{number:09}{given}")[-9:]
+        taken = {None, *(id_ for key, (id_, _) in self._calls.items() if key != given)}
         return next(id_ for id_ in chain((ours,), free) if id_ not in taken)
 
     def of_result(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

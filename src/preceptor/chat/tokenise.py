@@ -34,7 +34,7 @@ _CACHED_IDS = 100_000  # few enough to stay in the processor's cache
 _HUGE = 2**22  # characters in one call of the tokenizer, which takes 150 bytes for each
 _ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where a token would cross from what is before
 _RARE = ("\U0001f9ea", "\u0e01", "\u4e8c")  # characters that a vocabulary without bytes may lack
-_PRIVATE = "\U0010fffd"  # one that it lacks, but its normaliser may drop it
+_RARER = ("\U0010fffd", "\U00013000", "\ua500", "\ua66e", "\u16a0")  # and these, if its normaliser keeps them
 
 
 class Tokeniser:
@@ -58,7 +58,7 @@ class Tokeniser:
         )
         self._cache: dict[tuple[str, str], Ids] = {}
         self._num_cached = 0
-        rare = {text: self.whole(text) for text in (*_RARE, _PRIVATE)}
+        rare = {text: self.whole(text) for text in (*_RARE, *_RARER)}
         unknown = tokenizer.unk_token_id
         # GPT-2 names its eos as the unknown token, but has bytes for all texts: then it stands only for itself.
         self._unknown = unknown if any(unknown in ids for ids in rare.values()) else None

@@ -150,6 +150,12 @@ def _around_difference(one: str, other: str) -> tuple[str, str]:
 
 def _what_helps_reasoning(turn: Turn) -> str:
     """What to do about reasoning that the render leaves out; "" where the general advice says it."""
+    texts = {key: (turn.given.get(key) or "").strip() for key in REASONING_FIELDS}
+    texts = {key: text for key, text in texts.items() if text}
+    if len(set(texts.values())) > 1:
+        return (
+            f"the turn has {' and '.join(texts)}, which differ, and the template does not render all: keep one of them"
+        )
     if turn.given.get("tool_calls"):
         return (
             "the template leaves reasoning beside tool calls out: remove it, set train: false on the turn, or choose "

@@ -31,6 +31,7 @@ _UNREAD_KEYS: Mapping[str, str] = {
 """Keys of a message without which it would say something else -> what to do."""
 
 _BESIDE_ARGUMENTS = frozenset({"name", "function", "id", "type", "index"})  # keys of a tool call
+_OTHER_ARGUMENTS = frozenset({"args", "kwargs", "parameters", "params", "input", "inputs", "tool_input"})
 _A_CALL = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
 
 
@@ -151,7 +152,6 @@ def read_message(raw: object, where: str) -> Message:
         message = Message(given, train=own_weight > 0, weight=own_weight)
         if not (message.content.strip() or message.tool_calls):
             raise Unreadable("empty_answer", f"{where} is an assistant message with neither content nor tool_calls")
-        _check_reasoning(message, where)
         return message
     if train or weight not in (0, 1):
         raise Unreadable(
@@ -180,14 +180,6 @@ def _check_fields(raw: Mapping[str, Any], where: str) -> None:
             raise Unreadable("unread_field", f"{where}.{key} is not read: {instead}")
 
 
-def _check_reasoning(message: Message, where: str) -> None:
-    """Raises Unreadable for a message that is trained and has two reasonings; the same under two names is one."""
-    texts = {key: (message.given.get(key) or "").strip() for key in REASONING_FIELDS}
-    texts = {key: text for key, text in texts.items() if text}
-    if message.train and len(set(texts.values())) > 1:
-        raise Unreadable("bad_message", f"{where} has {' and '.join(texts)}, and they differ; keep one of them")
-
-
 def _check_call(call: Mapping[str, Any], where: str) -> None:
     """Raises Unreadable for a tool call without a name, and for one whose arguments stand under another key."""
     inner = call.get("function")
@@ -195,11 +187,12 @@ def _check_call(call: Mapping[str, Any], where: str) -> None:
     name, arguments = function.get("name"), function.get("arguments")
     if not (isinstance(name, str) and name.strip()):
         raise Unreadable("bad_tool_call", f"{at}.name is {short(name)}; write a call as {_A_CALL}")
-    if arguments is not None and not (isinstance(arguments, str) and not arguments.strip()):
+    if arguments and str(arguments).strip() not in ("", "{}"):
         return
     for place, of in ((where, call), (at, function)):
         for key, value in of.items():
-            if value and value is not arguments and key not in _BESIDE_ARGUMENTS:
+            may_hold = key in _OTHER_ARGUMENTS if "arguments" in function else key not in _BESIDE_ARGUMENTS
+            if value and value is not arguments and (may_hold or (key == "arguments" and of is not function)):
                 instead = f"and the call has no arguments: write it as {_A_CALL}"
                 raise Unreadable("unread_field", f"{place}.{key} is not read, {instead}")
 

@@ -86,7 +86,7 @@ class EvaluatedModel:
         if self.max_tokens is not None and len(ids) + num_new > self.max_tokens:
             raise DataError(
                 f"{source}: {len(ids)} tokens and an answer of {num_new} are more than the {self.max_tokens} of the "
-                "model's context; shorten the item, or lower --max-new-tokens (of a task of lm-eval: its max_gen_toks)"
+                "model's context; shorten the item, or lower --max-new-tokens"
             )
         return ids
 

@@ -62,10 +62,10 @@ class ItemResult:
 def run_task(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
     """One result per item, in order, under the caller's autocast. Raises DataError for an item that does not fit,
     ModelError where logits are not finite; the figures of a text are then not finite either. max_new_tokens: where the
-    task has no limit of its own.
+    task has no limit of its own, which counts as far as the model's context has room for it.
     """
     if task.kind == "generation":
-        return _generate(evaluated, task, task.max_new_tokens or max_new_tokens, batch_size)
+        return _generate(evaluated, task, max_new_tokens, batch_size)
     return _choose(evaluated, task.items) if task.kind == "multiple choice" else _predict(evaluated, task.items)
 
 
@@ -85,9 +85,16 @@ def evaluation_settings(evaluated: EvaluatedModel, seed: int, max_new_tokens: in
 
 
 def _generate(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
-    contexts = [evaluated.context(_prompt_of(item), item.source, max_new_tokens) for item in task.items]
+    limit = task.max_new_tokens or max_new_tokens
+    needed = min(limit, max_new_tokens)
+    contexts = [evaluated.context(_prompt_of(item), item.source, needed) for item in task.items]
+    if evaluated.max_tokens is not None:
+        limit = min(limit, evaluated.max_tokens - max(map(len, contexts)))
     until = [item.until for item in task.items] if any(item.until for item in task.items) else ()
-    answers = evaluated.generate(contexts, max_new_tokens, batch_size=batch_size, until=until, shared_out=True)
+    try:
+        answers = evaluated.generate(contexts, limit, batch_size=batch_size, until=until, shared_out=True)
+    except ModelError as error:
+        raise ModelError(f"{task.name}: {error}") from None
     return [_scored(item, answer, task.own) for item, answer in zip(task.items, answers, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """The model card: what a run left in its folder, for those who find the model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def card(source: ExportSource, proof: Sequence[str], name: str, licence: str | N
     recorded = {} if run is None else run.environment.get("model") or {}
     was_local = recorded.get("path") == base and recorded.get("folder") is not None  # and may be gone
     # a path of this machine says nothing elsewhere
-    is_local = base is not None and (was_local or Path(started, base).exists())
+    is_local = base is not None and (was_local or os.access(Path(started, base), os.F_OK))
     about: dict[str, Any] = {
         "base_model": None if is_local else base,
         "library_name": "transformers" if use is None else "peft",

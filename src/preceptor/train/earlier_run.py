@@ -1,7 +1,8 @@
 """A run that made something before: for a run that starts from it, and for what opens its folder or checkpoints."""
 
+import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, chdir, nullcontext
+from contextlib import AbstractContextManager, chdir, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from preceptor.train.run_folder import is_run, record_of
 def where_it_started(folder: Path) -> AbstractContextManager[None]:
     """Inside, relative paths of the run file mean what they meant where training was started, if that folder exists."""
     directory = record_of(folder).get("directory")
-    if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
-        return chdir(directory)
+    if isinstance(directory, str) and Path(directory).is_absolute():
+        with suppress(PermissionError):  # of somebody else's home
+            if Path(directory).is_dir() and os.access(directory, os.X_OK):
+                return chdir(directory)
     return nullcontext()
 
 

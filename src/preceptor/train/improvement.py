@@ -37,7 +37,8 @@ def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dic
 
 
 def _is_finite(line: Evaluation) -> bool:
-    return all(math.isfinite(loss) for loss in line["by_example"]["loss"])
+    """A file has null for a loss that is not."""
+    return all(loss is not None and math.isfinite(loss) for loss in line["by_example"]["loss"])
 
 
 def num_without_improvement(lines: Sequence[Evaluation]) -> int:

@@ -78,6 +78,16 @@ ROWS = {
     ),
     "arguments as input": (called(type="tool_use", name="f", input={"a": 1}), "unread_field", "[0].input is not read"),
     "arguments as args beside blank ones": (called(name="f", args={"a": 1}, arguments=" "), "unread_field", "[0].args"),
+    "arguments as args beside an empty object": (
+        called(name="f", args={"a": 1}, arguments={}),
+        "unread_field",
+        "[0].args",
+    ),
+    "arguments as parameters beside an empty one": (
+        called(function={"name": "f", "parameters": {"a": 1}, "arguments": "{}"}),
+        "unread_field",
+        "tool_calls[0].function.parameters is not read",
+    ),
     "arguments beside a function": (
         called(function={"name": "f"}, arguments={"a": 1}),
         "unread_field",
@@ -87,11 +97,6 @@ ROWS = {
     "call with a blank name": (called(name=" ", arguments={"a": 1}), "bad_tool_call", "tool_calls[0].name is ' '"),
     "function that is a string": (called(function="f", arguments={"a": 1}), "bad_tool_call", "tool_calls[0].name is"),
     "custom call": (called(type="custom", custom={"name": "f", "input": "x"}), "bad_tool_call", "write a call as"),
-    "two reasonings": (
-        answered(reasoning="So.", thinking=[{"type": "text", "text": "Not so."}]),
-        "bad_message",
-        "messages[1] has thinking and reasoning, and they differ; keep one of them",
-    ),
     "part of type image": (
         json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}, ANSWER]}),
         "unread_field",
@@ -134,8 +139,8 @@ def test_a_call_whose_arguments_are_where_they_are_read_is_read(name, tmp_path):
     assert isinstance(found, Conversation), found
 
 
-def test_reasoning_under_two_names_is_read_where_it_is_one_or_context(tmp_path):
-    same, apart = {"reasoning": "So.", "thinking": "So.\n"}, {"reasoning": "So.", "thinking": "Not so.", "train": False}
+def test_reasoning_under_two_names_is_read(tmp_path):
+    same, apart = {"reasoning": "So.", "thinking": "So.\n"}, {"reasoning": "So.", "thinking": "Not so."}
     for fields in (same, apart, {"reasoning": "So.", "thinking": ""}):
         (found,) = read(json.dumps({"messages": [USER, ANSWER | fields, USER, ANSWER]}), tmp_path=tmp_path)
         assert isinstance(found, Conversation), found
