@@ -205,6 +205,39 @@ def test_the_last_layer_sees_only_loss_bearing_tokens():
     assert sizes == {0: sequence.num_tokens, 1: sequence.num_trained}
 
 
+def last_layer_tokens(model, sequence, policy=EXACT[0]):
+    """How many go through its MLP; loss and gradient."""
+    engine, sizes = Engine(model), []
+    hook = model.model.layers[-1].mlp.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[1]))
+    found = loss_and_grads(model, engine(sequence, policy))
+    hook.remove()
+    return sizes[0], found
+
+
+@pytest.mark.parametrize(("num_turns", "spared"), [(4, True), (7, True), (8, False), (40, False)])
+def test_of_many_turns_the_last_layer_is_not_taken_apart(num_turns, spared):
+    """N pieces would have (N + 1) / 2 times the keys of the conversation."""
+    model = tiny_model("llama", dtype=torch.float64)
+    sequence = pack_trees([chain(np.random.default_rng(0), (5, 3) * num_turns)])
+    num_tokens, found = last_layer_tokens(model, sequence)
+    assert num_tokens == (sequence.num_trained if spared else sequence.num_tokens)
+    assert_same(found, loss_and_grads(model, whole(model, sequence)), 1e-11)
+
+
+@pytest.mark.parametrize("policy", [ActivationPolicy(), ActivationPolicy("full", "all")], ids=str)
+def test_attention_without_a_kernel_for_parts_of_a_sequence_runs_whole(policy, monkeypatch):
+    """As soft-cap and sinks on a GPU."""
+
+    def flex(query, key, value, layout, options):
+        layout.whole_alone = layout.subtree_end_T is not None
+
+    monkeypatch.setattr(runs, "fast_path", flex)
+    model, sequence = tiny_model("gemma2", dtype=torch.float64), SEQUENCES["packed"]
+    num_tokens, found = last_layer_tokens(model, sequence, policy)
+    assert num_tokens == sequence.num_tokens
+    assert_same(found, loss_and_grads(model, whole(model, sequence)), rounding_in_float64("gemma2"))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_proofs_pass(kind):
     model = tiny_model(kind)

@@ -314,3 +314,40 @@ def test_an_error_of_another_kind_gives_no_kernel_up(kernels):
         preflight(tiny_model("llama"), loader(), "float32", lines.append, objective=objective)
     assert kernels() == {} and cuda.replaceable_kernels() == [cuda.FLEX]
     assert not any("switched off" in line for line in lines)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_goes_on_without_a_kernel_whose_numbers_are_wrong(precision, kernels, monkeypatch):
+    """It shows what it must not, or scales wrongly: no reason to read each conversation alone."""
+
+    def attend(query, key, value, layout, options, seen):
+        cuda._in_use.add(cuda.FLEX)
+        wrong = runs.AttentionOptions(2 * options.scale, options.window, options.softcap, options.sinks)
+        return runs.attend_runs(query, key, value, layout, wrong, seen)
+
+    monkeypatch.setattr(runs, "fast_path", lambda *_: None if cuda.FLEX in cuda._given_up else attend)
+    lines = []
+    proved, _ = preflight(tiny_model("llama"), loader(), precision, lines.append)
+    (said,) = [line for line in lines if "switched off" in line]
+    assert not proved.alone and "ModelError: llama: hidden states move between the model's own attention" in said
+    assert list(kernels()["kernels_given_up"]) == ["flex_attention"]
+
+
+def test_a_proof_that_fails_without_the_kernels_too_gives_none_up(kernels):
+    cuda._in_use.add(cuda.FLEX)
+    lines = []
+    proved, _ = preflight(tiny_model("stablelm"), loader(), "float32", lines.append)
+    assert proved.alone and kernels() == {} and not any("switched off" in line for line in lines)
+
+
+def test_a_sequence_that_does_not_fit_is_not_tried_again_without_the_kernels(kernels):
+    cuda._in_use.add(cuda.FLEX)
+    tries = []
+
+    def fails():
+        tries.append(1)
+        raise_cuda()
+
+    with pytest.raises(ModelError, match=r"largest sequence of the run, \d+ tokens"):
+        preflight(tiny_model("llama"), loader(), "float32", lambda _: None, objective=fails_on_largest(fails))
+    assert len(tries) == 1 and kernels() == {}

@@ -20,6 +20,7 @@ from preceptor.model.activations.passes import (
     decode_whole,
     no_phases,
 )
+from preceptor.model.attention.layout import path_lengths
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy, output_head
 from preceptor.model.optimisations import install
 from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, LossOptions
@@ -31,7 +32,10 @@ T = TypeVar("T")
 Penalty = Callable[[Tensor, Tensor, Head, PackedSequence, float], Tensor]
 """(hidden_MD, source_N, head, sequence, divisor) -> what is added to the loss."""
 
-_WORTH = 8  # the last layer is spared for context-only tokens if they are at least one in so many
+_WORTH = 8  # the last layer is spared for context-only tokens if they are at least one in so many,
+_MOST_KEYS = (
+    4  # and if the paths of the loss-bearing pieces, copied one by one, have at most so many times their number
+)
 
 
 class Engine(nn.Module):
@@ -162,7 +166,9 @@ class Engine(nn.Module):
             return SequenceInputs.of(self.model, sequence, plan, num_levels=num_levels, balanced=balanced)
         if sequence.num_trained and "last_layer" in self.state.optimisations and not balanced:
             split = split_by_loss(sequence)
-            if _WORTH * (sequence.num_tokens - split[1].num_tokens) >= sequence.num_tokens:
+            num_keys = sum(path_lengths(split[1].runs)[1])  # (N + 1) / 2 times T for a conversation of N turns
+            is_worth = _WORTH * (sequence.num_tokens - split[1].num_tokens) >= sequence.num_tokens
+            if is_worth and num_keys <= _MOST_KEYS * sequence.num_tokens:
                 return SequenceInputs.of(self.model, sequence, split=split)
         return SequenceInputs.of(self.model, sequence, balanced=balanced)
 

@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
-from preceptor.errors import PreceptorError, first_line, is_out_of_memory
+from preceptor.errors import ModelError, PreceptorError, first_line, is_out_of_memory
 from preceptor.model import compiled
 from preceptor.model.attention.layout import (
     AttentionOptions,
@@ -71,6 +71,7 @@ def fast_path(
     copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
         return attend_varlen
+    layout.whole_alone = layout.whole_alone or (by_flex and not by_varlen)
     return attend_flex if by_flex else None
 
 
@@ -128,8 +129,9 @@ def give_up_kernel(error: str) -> str | None:
 def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
     """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
 
-    Triton may have none for heads of this size on this GPU, in forward or in backward alone. Where `run` fails without
-    the kernels too, they are not the cause: they are used again.
+    Triton may have none for heads of this size on this GPU, in forward or in backward alone; a proof that fails, a
+    ModelError, may be a kernel's wrong numbers. Where `run` fails without the kernels too, they are not the cause: they
+    are used again.
     """
     given_up: dict[str, str] = {}
     while True:
@@ -137,7 +139,7 @@ def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], No
             result = run()
         except Exception as error:  # Triton's own errors are of no common kind
             words = f"{type(error).__name__}: {first_line(error)}"
-            kernel = None if isinstance(error, PreceptorError) or is_out_of_memory(error) else give_up_kernel(words)
+            kernel = give_up_kernel(words) if _may_be_a_kernels(error) else None
             if kernel is None:
                 for name in given_up:
                     del _given_up[name]
@@ -149,6 +151,13 @@ def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], No
             for name, words in given_up.items():
                 gave_up(name, words)
             return result
+
+
+def _may_be_a_kernels(error: BaseException) -> bool:
+    if isinstance(error, PreceptorError):
+        ran_out = error.__cause__ is not None and is_out_of_memory(error.__cause__)
+        return isinstance(error, ModelError) and not ran_out
+    return not is_out_of_memory(error)
 
 
 def kernels() -> dict[str, Any]:
