@@ -84,6 +84,7 @@ _RSTRIP, _LSTRIP = {"rstrip": True}, {"lstrip": True}
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "bytes (GPT-2)": _byte_level,
+    "bytes, one token for eos, bos and the unknown (GPT-2 as it is)": lambda: _byte_level(more={"one": True}),
     "bytes, prefix space (RoBERTa, Falcon)": lambda: _byte_level(prefix=True),
     "bytes, split (Llama 3, tiktoken)": lambda: _byte_level(_isolated(LLAMA3), use_regex=False, more={"ignore": True}),
     "bytes, NFC (Qwen)": lambda: _byte_level(_isolated(LLAMA3), use_regex=False, normalizer=normalizers.NFC()),
@@ -191,10 +192,10 @@ def tokenizer_for(name: str, entry: tt.Entry) -> Any:
         backend = Tokenizer.from_str(_trained(name))
         backend.add_special_tokens([AddedToken(token, **options) for token in special])
         backend.add_tokens([AddedToken(tag, **options) for tag in tags])
+        eos = entry.eos or "</s>"
         unknown = {} if family.byte_level else {"unk_token": "<unk>"}
-        wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token=entry.bos, eos_token=entry.eos or "</s>", **unknown
-        )
+        named = {"bos_token": eos, "unk_token": eos} if "one" in family.more else {"bos_token": entry.bos, **unknown}
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, **named)
     wrapped.chat_template = entry.text
     return wrapped
 

@@ -1,6 +1,7 @@
 """The house: imports go one way for folders and files, one name for one thing, functions stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 import warnings
@@ -142,6 +143,13 @@ def test_functions_stay_small(module):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             assert lines <= MAX_FUNCTION_LINES, f"{module}: {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_commands_to_type_are_quoted(module):
+    """By `errors.command`, or as `quoted`: a folder's name may have blanks and other characters of the shell."""
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert not re.findall(r"preceptor [a-z]+ [^`\"\n]*\{(?!quoted)", text)
 
 
 def test_long_files_are_named():

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from conftest import conversations
 from preceptor.commands.options import large_imports
+from preceptor.errors import TemplateError
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
@@ -279,3 +281,32 @@ def test_threads_that_wait_sleep_in_programs_too():
             [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True
         )
         assert done.stdout.strip() == expected
+
+
+def test_a_chat_goes_on_where_the_template_refuses_a_system_prompt(preceptor, base_folder, tmp_path):
+    """As those of Gemma 2."""
+    shutil.copytree(base_folder, tmp_path / "model")
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    lines = ["1?", "/system Be brief.", "2?", "3?", "/system", "4?"]
+    code, out, err = preceptor("chat", tmp_path / "model", "--max-new-tokens", 2, stdin=lines)
+    assert code == 0, err
+    assert out.count("no answer: ") == out.count("System role not supported") == 2, out
+    said = out.splitlines()
+    assert [("no answer" in line) for line in said if "new conversation, with" not in line][-3:] == [True, True, False]
+    assert "/system alone begins a conversation with the system prompt of the training, or none" in out
+
+
+def test_a_message_that_the_template_refuses_is_forgotten():
+    def refuse(prompt):
+        raise TemplateError("no")
+
+    from preceptor.serve.chat import Speaker
+
+    model = SimpleNamespace(chat=SimpleNamespace(template=1), prompt_ids=refuse, generate=None)
+    speaker = Speaker(model, 2, [{"role": "system"}])
+    assert speaker.reply("1?").startswith("(no answer: no; ") and speaker.messages == [{"role": "system"}]

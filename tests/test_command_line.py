@@ -1,5 +1,6 @@
 """What all commands have in common: help, overrides, completion, a dry run, and refusals before torch is imported."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from conftest import conversations
 from preceptor import cli
+from runs import write_run
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
 COMMANDS += [group.name for group in cli.app.registered_groups]
@@ -126,3 +128,48 @@ def test_a_dry_run_leaves_the_run_in_its_folder_alone(preceptor, run_file, tmp_p
     (tmp_path / "run" / "summary.json").unlink()
     code, out, _ = preceptor("train", file, "--dry-run")
     assert code == 0 and "the model is saved already" in out and not (tmp_path / "run" / "summary.json").exists()
+
+
+RESULTS = ("out", "html", "explain")  # options that name what a command writes
+MAKES_A_FOLDER = ("init", "demo", "export")  # of which one that is there is refused, or is a run's that goes on
+
+
+def test_no_result_takes_the_place_of_what_is_no_such_result(
+    preceptor, base_folder, write_jsonl, tmp_path, monkeypatch
+):
+    """A folder for a file and a file for a folder: refused before a model is loaded, and left alone."""
+    rows = [{"prompt": "the", "choices": [" user", " message"], "answer": 0}]
+    task, texts = write_jsonl(rows, "task.jsonl"), write_jsonl([{"text": "the user"}], "text.jsonl")
+    run = tmp_path / "run"
+    write_run(run)
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "partly" / "compare.json").mkdir(parents=True)
+    for name in ("folder", "folder.html", "folder.jsonl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("1")
+    merged = (base_folder, base_folder, "--sweep", "--trained", task, "--text", texts)
+    tried = [
+        ("eval", "no/such/model", "none.jsonl", "--out", tmp_path / "folder"),
+        ("select", "none.jsonl", "--keep", 2, "--replace", "--out", tmp_path / "folder.jsonl"),
+        ("select", "n.jsonl", "--keep", 2, "--replace", "--out", "k.jsonl", "--explain", tmp_path / "folder.jsonl"),
+        ("show", "--model", "no/such/model", "--data", "none.jsonl", "--html", tmp_path / "folder.html"),
+        ("report", run, "--out", tmp_path / "folder.html"),
+        ("compare", base_folder, base_folder, "--tasks", task, "--out", tmp_path / "file"),
+        ("compare", base_folder, base_folder, "--tasks", task, "--out", tmp_path / "partly"),
+        ("merge", *merged, "--out", tmp_path / "file"),
+        ("merge", base_folder, base_folder, "--out", tmp_path / "folder"),
+    ]
+    writing = {
+        command.callback.__name__
+        for command in cli.app.registered_commands
+        if any(name in RESULTS for name in inspect.signature(command.callback).parameters)
+    }
+    assert {command for command, *_ in tried} | {*MAKES_A_FOLDER} == writing
+    for name in ("evaluate.model.load_evaluated_model", "train.from_checkpoint.open_model"):
+        monkeypatch.setattr(f"preceptor.{name}", lambda *_, **__: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    before = files_in(tmp_path)
+    for arguments in tried:
+        code, _, err = preceptor(*arguments)
+        assert code == 6 and str(arguments[-1]) in err, (arguments, err)
+        assert files_in(tmp_path) == before, arguments

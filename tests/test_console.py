@@ -1,11 +1,13 @@
 """The bar of rows on a terminal, and streams that nobody reads any more."""
 
 import io
+import json
 import os
 import sys
 import threading
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from preceptor import console
@@ -103,3 +105,12 @@ def test_show_uses_brackets_under_no_color(run_file):
         show_examples(examples, renderer, None, False, shown)
         text = shown.file.getvalue()
         assert ("⟦" in text) is no_colour and ("shades show" in text) is not no_colour
+
+
+def test_what_is_printed_as_json_is_json(capsys):
+    value = {"low": float("nan"), "high": [float("inf"), -1.5], "text": "ü"}
+    for indent in (2, None):
+        console.print_json(value, indent)
+        printed = capsys.readouterr().out
+        assert json.loads(printed, parse_constant=pytest.fail) == {"low": None, "high": [None, -1.5], "text": "ü"}
+        assert ("\n  " in printed) == (indent == 2) and "ü" in printed

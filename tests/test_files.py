@@ -1,5 +1,7 @@
 """Files that are whole or not there, and errors that name them."""
 
+from pathlib import Path
+
 import pytest
 
 from preceptor import files
@@ -54,3 +56,28 @@ def test_lines_are_read_as_far_as_they_are_complete(tmp_path):
     file.write_text("[1]\n")
     with pytest.raises(CheckpointError, match=r"a\.jsonl:1: list, not an object"):
         files.read_json_lines(file)
+
+
+def test_no_file_takes_the_place_of_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_bytes(b"1")
+    writers = (files.write_json, files.write_atomically, lambda path, text: files.write_json_lines(path, [text]))
+    for write in (*writers, lambda path, _: files.try_file(path)):
+        with pytest.raises(CheckpointError, match="run: is a folder, which a file does not replace"):
+            write(folder, "text")
+    assert (folder / "model" / "weights").read_bytes() == b"1" and list(tmp_path.iterdir()) == [folder]
+    with files.replacing(folder) as partial:
+        partial.mkdir()
+    assert list(tmp_path.rglob("*")) == [folder], "a folder by a folder"
+
+
+def test_where_a_file_can_be_written_is_known_before(tmp_path):
+    (file := tmp_path / "a.json").write_text("old")
+    files.try_file(file)
+    files.try_file(tmp_path / "new.json")
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "old", "nothing is left of the try"
+    with pytest.raises(CheckpointError, match=r"none/a\.json: the folder .*none does not exist; make it first"):
+        files.try_file(tmp_path / "none" / "a.json")
+    with pytest.raises(CheckpointError, match=r"/proc/a\.json: cannot be written"):
+        files.try_file(Path("/proc/a.json"))

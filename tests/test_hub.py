@@ -9,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from preceptor.errors import ModelError
 from preceptor.hub import (
@@ -115,6 +116,20 @@ def test_names_that_lead_nowhere(tmp_path):
     ):
         with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
             fetch()
+
+
+@pytest.mark.parametrize("name", [
+    "name", "owner/name", "o.w-n_er/na.me-1", "_/_", "runs--first", "runs/first..x", "runs/first.", "runs/first-",
+    "-runs/first", "runs./first", ".runs", "first.git", "a/b/c", "caf\u00e9", "a" * 97, "a" * 96, "a b", "",
+])  # fmt: skip
+def test_a_hub_id_is_what_the_hub_takes_for_one(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        with pytest.raises(ModelError, match=r"no such folder|no config\.json"):
+            resolve_model_path(name)
+    else:
+        assert resolve_model_path(name) == name
 
 
 # One way to name a model ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ All output goes through here, and none of what comes from data, models and names
 character: `visible` shows it as `\\x1b`.
 """
 
-import json
 import os
 import sys
 import time
@@ -16,6 +15,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
+
+from preceptor.files import json_text
 
 _FILE_WIDTH = 160  # characters of a table in a file
 _EVERY_EXAMPLES = 20
@@ -36,7 +37,8 @@ def say(text: str, error: bool = False) -> None:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    print(json.dumps(value, indent=indent, ensure_ascii=False).translate(_JSON_CONTROL))
+    """Print JSON as files hold it: NaN and infinity are null."""
+    print(json_text(value, indent).translate(_JSON_CONTROL))
 
 
 class TerminalConsole(Console):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from preceptor import config
 from preceptor.console import status_line
-from preceptor.errors import CheckpointError, ConfigError
+from preceptor.errors import CheckpointError, ConfigError, command
 from preceptor.evaluate.figures import groups_of
 from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
@@ -180,4 +180,4 @@ def _print_shares(console: Console, base: Shares, intern: Shares, summary: dict[
         f"{summary['examples_per_epoch']:,} conversations. All answers: {out}/samples.jsonl",
         highlight=False,
     )
-    console.print(f"talk to both: preceptor chat {out}/model --base scholar", highlight=False)
+    console.print(f"talk to both: {command('chat', f'{out}/model', '--base', 'scholar')}", highlight=False)

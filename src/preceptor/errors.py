@@ -5,6 +5,7 @@ Defects of this program are not here: they are `assert`s. exit_code: with which 
 """
 
 import reprlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ def short(value: object) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 step`, `2,000 steps`."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def command(*words: object) -> str:
+    """The command line `preceptor WORDS` as a shell takes it, whatever characters a folder's name has."""
+    return shlex.join(["preceptor", *map(str, words)])
 
 
 def first_line(error: BaseException) -> str:

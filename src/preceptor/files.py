@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,31 @@ def prepare_partial(path: Path, folder: bool = False) -> Path:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Flush what was written beside `path` and rename it to `path`."""
+    """Flush what was written beside `path` and rename it to `path`. A folder is replaced by a folder alone.
+
+    Raises CheckpointError.
+    """
+    if not partial.is_dir():
+        _require_no_folder(path)
     _flush(partial)
     if path.is_dir():
         remove_folder(path)
     partial.replace(path)
     sync(path.parent)
+
+
+def try_file(path: Path) -> None:
+    """Raises CheckpointError where no file can be written at `path`. For commands that write when all work is done."""
+    _require_no_folder(path)
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; make it first")
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass  # the folder can be written to
+
+
+def _require_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, which a file does not replace; name a file, such as one in it")
 
 
 def remove_folder(path: Path) -> None:
@@ -132,12 +152,6 @@ def remove_folder(path: Path) -> None:
     remove(removed)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left half written, or half removed, in a folder."""
-    for path in folder.glob(".*.partial"):
-        remove(path)
-
-
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Raises CheckpointError."""
     with replacing(path) as partial:
@@ -146,20 +160,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Raises CheckpointError."""
-    write_atomically(path, _json(value, indent=2) + "\n")
+    write_atomically(path, json_text(value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """One line for each value, written as they come. Raises CheckpointError."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as lines:
         for value in values:
-            lines.write(_json(value) + "\n")
+            lines.write(json_text(value) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
     """Add one JSON line, flushed: a reader sees whole lines while the run goes on. Raises CheckpointError."""
     with writing(path), path.open("a", encoding="utf-8") as lines:
-        lines.write(_json(value) + "\n")
+        lines.write(json_text(value) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -221,7 +235,7 @@ def describe_files(folder: Path, files: Iterable[Path]) -> Described:
 
 def write_manifest(folder: Path, about: Mapping[str, Any], described: Described) -> None:
     """Write what is to be known about a folder into it, and what its files are."""
-    (folder / MANIFEST).write_text(_json({**about, "files": described}, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json_text({**about, "files": described}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, Any]:
@@ -251,7 +265,7 @@ def read_manifest(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, 
     return manifest
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None) -> str:
     """JSON as all readers know it: NaN and infinity are null."""
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
@@ -289,6 +303,15 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: {type(value).__name__}, not an object; was the file changed by hand?")
     return value
+
+
+def distinct_ends(paths: Sequence[Sequence[str]]) -> list[str]:
+    """Of each path, given in its parts, as many of the last ones as are needed to make all distinct."""
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(parts)} ({number})" for number, parts in enumerate(paths, start=1)]
 
 
 def remove(path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from preceptor.errors import ModelError, first_line
+from preceptor.errors import ModelError, command, first_line
 from preceptor.files import LIVE
 from preceptor.scholar import MODEL_DIR
 
@@ -14,7 +14,7 @@ SCHOLAR = "scholar"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _OF_A_RUN = ("config.yaml", "environment.json")  # what the folder of a run holds from its start on
 _CHECKPOINT = re.compile(r"step-\d+")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)  # as huggingface_hub
 _SECONDS = 10  # to wait for the Hub's answer
 
 
@@ -36,8 +36,8 @@ def resolve_model_path(path: str | Path, adapters: bool = False) -> str:
         found = _model_in(folder)
         if not adapters and not (found / CONFIG).is_file():
             raise ModelError(
-                f"{found}: an adapter, and a whole model is needed here; `preceptor export {found} --to hf --out DIR` "
-                "merges it into its base"
+                f"{found}: an adapter, and a whole model is needed here; "
+                f"`{command('export', found, '--to', 'hf')} --out DIR` merges it into its base"
             )
         return str(found)
     if folder.exists():
@@ -58,16 +58,16 @@ def _model_in(folder: Path) -> Path:
             return place
     if (checkpoint := checkpoint_at(folder)) is not None:
         run = checkpoint.parent.parent
-        whole = f"`preceptor train {run}/config.yaml` finishes the run, whose model is then in {run}/model"
+        whole = f"`{command('train', run / 'config.yaml')}` finishes the run, whose model is then in {run}/model"
         if (run / "model").is_dir():
             whole = f"its run is finished: name {run}"
         raise ModelError(
-            f"{folder}: a checkpoint, from which a run goes on; `preceptor export {folder} --to hf` makes a model of "
-            f"it; {whole}"
+            f"{folder}: a checkpoint, from which a run goes on; `{command('export', folder, '--to', 'hf')}` makes a "
+            f"model of it; {whole}"
         )
     if of_a_run:
         raise ModelError(
-            f"{folder}: this run has saved no model yet; `preceptor train {folder}/config.yaml` goes on with it"
+            f"{folder}: this run has saved no model yet; `{command('train', folder / 'config.yaml')}` goes on with it"
         )
     raise ModelError(f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder")
 

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from preceptor.errors import ConfigError, PreceptorError, ProcessError, first_line
+from preceptor.errors import ConfigError, PreceptorError, ProcessError
 
 T = TypeVar("T")
 
@@ -32,9 +32,12 @@ TIMEOUT = timedelta(minutes=30)
 COMMAND = "PRECEPTOR_COMMAND"
 """Variable of the environment in which a launcher hands on what was typed."""
 
+_OF_LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # of each process
 _LOOK_SECONDS = 0.05  # between two looks for what another process has published
 _CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
-_BROKEN = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout")  # in the messages of torch
+_ALIKE_SECONDS = 60.0  # in which processes that fail alike do so: one compiles longer than another
+_BACKENDS = ("gloo", "nccl")  # in the messages of torch, as are those of a process that is lost
+_LOST = ("connection", "broken pipe", "timed out", "timeout", "ncclremoteerror")
 _FAILURE, _ARRIVED, _CONNECTED = "failure", "arrived", "connected"
 
 
@@ -67,11 +70,11 @@ class World:
         if size <= 1:
             yield ONE
             return
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        missing = [name for name in _OF_LAUNCHER if not os.environ.get(name)]
         if missing:
             raise ConfigError(
-                f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the processes by torchrun, or use "
-                "`preceptor train --nproc N`"
+                f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the processes by torchrun, use "
+                "`preceptor train --nproc N`, or set it in each process (LOCAL_: among those of its machine)"
             )
         from torch import distributed
         from torch.distributed.distributed_c10d import PrefixStore
@@ -90,7 +93,7 @@ class World:
         """Of the processes that compute together already."""
         from torch import distributed
 
-        return cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -215,6 +218,22 @@ class World:
                 raise
             raise found from error
 
+    def fails_everywhere(self, name: str) -> bool:
+        """Whether all processes fail in the same work: those that do so call this, within a minute of each other.
+
+        By the store alone: a process in which the work goes on may wait for this one in the middle of it.
+        """
+        if self.size == 1:
+            return True
+        self.store.add(name, 1)
+        until = time.monotonic() + _ALIKE_SECONDS
+        while self.store.add(name, 0) < self.size:
+            self.end_if_another_failed()
+            if time.monotonic() > until:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return True
+
     def end_if_another_failed(self) -> None:
         """Also for a process that was told to stop: by the launcher, perhaps, because another one has failed."""
         failure = self._failure() if self.size > 1 else None
@@ -222,13 +241,11 @@ class World:
             raise Silenced(failure["exit_code"])
 
     def _failed(self, error: Exception) -> BaseException:
-        broken = not isinstance(error, PreceptorError) and _is_broken_connection(error)
-        if broken:
+        if not isinstance(error, PreceptorError) and _is_of_backend(error):
             until = time.monotonic() + _CONSEQUENCE_SECONDS
             while self._failure() is None and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
-            reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).partition(". ")[0]
-            error = ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
+            error = _explained(error)
         exit_code = error.exit_code if isinstance(error, PreceptorError) else PreceptorError.exit_code
         try:
             own = json.dumps({"rank": self.rank, "exit_code": exit_code})
@@ -281,13 +298,24 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _is_broken_connection(error: Exception) -> bool:
+def _is_of_backend(error: Exception) -> bool:
     from torch import distributed
 
-    text = str(error).lower()
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in _BROKEN)
-    )
+    of_backend = isinstance(error, RuntimeError) and any(name in str(error).lower() for name in _BACKENDS)
+    return of_backend or isinstance(error, distributed.DistError)
+
+
+def _explained(error: Exception) -> PreceptorError | OSError:
+    """What is told of an error of NCCL or gloo: another process is lost, or the processes cannot compute together."""
+    from torch import distributed
+
+    text = re.sub(r"^\[[^]]*\] ", "", str(error).strip()) or type(error).__name__
+    where, _, cause = (" ".join(part.split()) for part in text.partition("Last error:"))  # NCCL's own
+    is_lost = isinstance(error, distributed.DistNetworkError | distributed.DistStoreError)
+    if is_lost or any(words in text.lower() for words in _LOST):
+        reason = cause or where.partition(". ")[0]
+        return ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
+    return OSError(f"the processes cannot compute together: {cause or where}{f' ({where})' if cause else ''}")
 
 
 def command_words() -> list[str]:

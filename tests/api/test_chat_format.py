@@ -1,10 +1,13 @@
 """What `from preceptor import load_chat_format, collate` gives to programs that train with something else."""
 
+import doctest
+
 import pytest
 import torch
 
 from conftest import conversations
 from preceptor import collate, load_chat_format
+from preceptor.api import chat_format
 from preceptor.chat.render import Renderer
 from preceptor.data.examples import ADVICE, CODES, Rejection
 from preceptor.data.forest import pack_trees
@@ -136,3 +139,8 @@ def test_a_model_that_is_not_there_and_an_argument_that_is_wrong(base_folder):
         load_chat_format("/nowhere/at/all")
     with pytest.raises(ConfigError, match="train_on"):
         load_chat_format(str(base_folder), train_on="answers")
+
+
+def test_the_example_at_the_head_of_the_module_gives_what_it_says():
+    found = doctest.testmod(chat_format)
+    assert found.attempted == 5 and found.failed == 0

@@ -265,6 +265,17 @@ def test_a_function_of_the_program_reads_data_in_memory(base_folder, tmp_path):
     assert found.num_examples == 6 and found.rejections[0]["first_at"] == "memory:data.train:row 3"
 
 
+def test_a_reader_that_changes_its_record_leaves_the_programs_data_as_it_is(base_folder, tmp_path):
+    def read(record):
+        record["messages"].insert(0, {"role": "system", "content": "Be brief."})
+        return record
+
+    rows = conversations(3)
+    data = {"train": [{"path": rows, "code": read}], "chat_template": "chatml"}
+    assert Run(base_folder, data, out=tmp_path / "run").check().num_examples == 3
+    assert rows == conversations(3)
+
+
 OTHERS = """
 def one(record):
     return {"prompt": record["q"], "completion": "one " + record["a"]}
@@ -492,6 +503,7 @@ def test_a_metric_is_a_figure_with_its_interval(run_file, code, task, tmp_path):
 
     def words(answer, example):
         seen.append((answer, example["accepted"], example["messages"][0]["content"]))
+        example["messages"][0]["content"] = "changed"  # the next evaluation asks the same all the same
         return 2.5
 
     own = Run.from_file(tmp_path / "run.yaml", f"out={tmp_path}/python", eval={"code": words}, quiet=True)

@@ -274,6 +274,17 @@ def test_who_owns_the_loop_evaluates_and_saves_by_calls(tmp_path, live):
         run.evaluate()
 
 
+def test_a_loop_that_saves_each_step_obeys_the_file_STOP(tmp_path, live):
+    run, taken = run_of(tmp_path, live()), []
+    with pytest.raises(SystemExit):
+        for step in run.steps():
+            taken.append(step.number)
+            if step.number == 2:
+                (tmp_path / "run" / "STOP").touch()
+            run.save()
+    assert taken == [1, 2] and not (tmp_path / "run" / "STOP").exists()
+
+
 def test_a_live_model_is_asked_tasks(tmp_path, live, write_jsonl):
     """Its figures are kept for no other run: nothing tells it from a model that was changed."""
     task = write_jsonl([{"prompt": "a user", "accepted": ["x"]}], "task.jsonl")

@@ -1,11 +1,12 @@
 """Messages in the forms that a template takes, and one rule for all templates where no form is right."""
 
 import json
+import re
 
 import pytest
 from test_render import CHAT, LLAMA3, code, conversation, make, segments
 
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import REASONING_FIELDS, Rejection
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CALLS = (
@@ -53,6 +54,20 @@ def test_no_arguments_are_an_empty_object_and_a_string_is_what_it_holds(text):
     assert as_object == as_text
 
 
+@pytest.mark.parametrize("text", [None, AS_JSON, NINE], ids=["chatml", "the function as JSON", "the call as JSON"])
+@pytest.mark.parametrize(
+    "beside", [{"index": 0}, {"id": "abcdefghi"}, {"index": 1, "status": "done", "of": {"a": "b"}}]
+)
+@pytest.mark.parametrize("given", [{"x": 1}, '{"x": 1}'])
+def test_of_a_flat_call_the_function_has_name_and_arguments_alone(text, beside, given):
+    function, id_ = {"name": "get_weather", "arguments": given}, {k: v for k, v in beside.items() if k == "id"}
+    calls = {**beside, **function}, {"type": "function", **id_, "function": function}
+    flat, nested = ([CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}] for call in calls)
+    renderer = make(text=text)
+    assert segments(renderer, flat) == segments(renderer, nested)
+    assert '{"name": "get_weather", "arguments": {"x": 1}}' in segments(renderer, flat)[-1][2]
+
+
 def test_ids_that_carry_the_functions_name():
     rows = [
         CHAT[0],
@@ -72,6 +87,36 @@ def test_ids_of_nine_letters_and_digits(id_):
     target = segments(make(text=NINE), [CHAT[0], calling({}, ids=[id_]), result, CHAT[3]])[1][2]
     made = json.loads(target.removesuffix("<|im_end|>"))["id"]
     assert len(made) == 9 and made.isalnum()
+
+
+def test_ids_of_nine_letters_and_digits_stay_apart():
+    """What is left of two ids may be the same, an id that another call has, or one that is made for a call."""
+    ids = ["0_get_weather", "1_get_weather", "etweather", None, "call00003", "call_5"]
+    results = [{"role": "tool", "content": f"<{n}>", "tool_call_id": id_} for n, id_ in enumerate(ids)]
+    rows = [CHAT[0], calling(*({"n": n} for n in range(6)), ids=ids), *results, CHAT[3]]
+    shown = NINE.replace("{{ m.content", "{{ m.tool_call_id or '' }}{{ m.content")
+    _, called, context, _ = (text for _, _, text in segments(make(text=shown), rows))
+    made = re.findall(r'"id": "(.*?)"', called)
+    assert made == ["etweather", "call00001", "call00002", "call00003", "call00004", "0005call5"]
+    assert [f"{id_}<{n}>" in context for n, id_ in enumerate(made)] == [True] * 6
+    twice = [CHAT[0], calling({}, ids=["abcdefghi"]), {**results[0], "tool_call_id": "abcdefghi"}]
+    texts = [text for kind, _, text in segments(make(text=shown), twice * 2) if kind == "target"]
+    assert len(texts) == 2 and all('"id": "abcdefghi"' in text for text in texts), "an id that fits stays"
+
+
+NO_KEY = (
+    "{% for m in messages %}{% if 'tool_calls' in m %}{{ raise_exception('one call, please') if not m.tool_calls }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
+)
+ELSE_NOTHING = CALLS.replace("{{ m.content or '' }}", "{{ m.content or '' if 'tool_calls' not in m }}").replace(
+    "SHOWN", "{{ c.function | tojson }}"
+)
+
+
+@pytest.mark.parametrize("text", [None, NO_KEY, ELSE_NOTHING], ids=["chatml", "asks", "reads the key"])
+def test_an_empty_list_of_calls_is_none(text):
+    rows = [{**row, "tool_calls": []} for row in CHAT]
+    assert segments(make(text=text), rows) == segments(make(text=text), CHAT)
 
 
 def test_a_template_that_takes_parts_only_and_one_that_takes_texts_only():
@@ -134,6 +179,24 @@ def test_reasoning_in_every_spelling(content, context, target):
     else:
         found = segments(make(text=KNOWS), rows)
         assert found[-2][2].endswith(context) and found[-1][2] == target
+
+
+READS = {
+    name: "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.FIELD %}<think>\n{{ m.FIELD }}\n</think>\n\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}".replace("FIELD", name)
+    + PROMPT
+    for name in REASONING_FIELDS
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [("reasoning_content", None), *READS.items()])
+def test_the_same_reasoning_under_several_names_is_one(name, text):
+    answer = {"role": "assistant", "content": "Four."}
+    for names in ([name], *({name, other} for other in REASONING_FIELDS), REASONING_FIELDS):
+        turn = {**answer, **{field: "Two and two." for field in REASONING_FIELDS if field in names}}
+        found = segments(make(text=text), [CHAT[0], turn, *CHAT[:2]])
+        first, last = (text for kind, _, text in found if kind == "target")
+        assert (first, last) == ("<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>", "the end<|im_end|>"), names
 
 
 # What the messages say -----------------------------------------------------------------------------------------------

@@ -237,6 +237,43 @@ def test_reasoning_tags_of_an_answer_act_whatever_another_message_spells():
         assert [token for token in tree.segments[place].ids if token in tags] == tags
 
 
+CHANNEL = (*CHATML, "<|channel>", "<channel|>")  # the opening tag is a special token and a word, as Gemma 4's
+KEEPS = TURNS.replace("@", "{{ m.content }}") + "<|im_start|>assistant\n{% endif %}{# <|channel>thought <channel|> #}"
+
+
+@pytest.mark.parametrize("choice", ["reject", "plain", "allow"])
+@pytest.mark.parametrize(
+    "content", ["<|channel>thought\nso\n<channel|>the end", "\n<|channel>thought so <channel|> end"]
+)
+def test_a_special_token_that_begins_a_reasoning_tag_is_the_answer_s_own(choice, content):
+    renderer = make(text=KEEPS, tokens=CHANNEL, special_tokens_in_text=choice)
+    expected = tuple(renderer.tokenizer(content + "<|im_end|>", add_special_tokens=False)["input_ids"])
+    for given in (content, [{"type": "text", "text": content[:20]}, {"type": "text", "text": content[20:]}]):
+        tree = renderer.render(conversation([CHAT[0], {"role": "assistant", "content": given}]))
+        assert isinstance(tree, Tree), tree
+        assert tree.segments[1].ids == expected
+    assert [renderer.tokenizer.convert_tokens_to_ids(token) in expected for token in CHANNEL[3:]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "more"),
+    [
+        ("the <|channel>thought\nso\n<channel|>end", {}),
+        ("<|channel>final\nso\n<channel|>the end", {}),
+        ("<|channel>thought\nso <|channel>thought\n<channel|>the end", {}),
+        ("<|channel>thought\nso\n<channel|>the <|im_end|>", {}),
+        ([{"type": "text", "text": "the"}, {"type": "text", "text": "<|channel>thought\nso\n<channel|>end"}], {}),
+        ("the end", {"reasoning_content": "<|channel>thought\nso"}),
+        ("", {"tool_calls": [{"function": {"name": "f", "arguments": {"a": "<|channel>thought"}}}]}),
+    ],
+)
+def test_elsewhere_it_is_spelled_out(content, more):
+    rows = [CHAT[0], {"role": "assistant", "content": content, **more}]
+    assert code(make(text=KEEPS, tokens=CHANNEL), rows) == "special_token_in_text"
+    rows = [{"role": "user", "content": "<|channel>thought\nso\n<channel|>"}, CHAT[1]]
+    assert code(make(text=KEEPS, tokens=CHANNEL), rows) == "special_token_in_text"
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -1,5 +1,6 @@
 """The stock templates: every turn proved or rejected; what is proved is checked against transformers from outside."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,19 @@ def test_first_targets_to_the_character(name, kind):
     first = next(i for i, segment in enumerate(tree.segments) if segment.kind == "target")
     ids = target_after(tree, tree.segments[first].parent, renderer.stop_token_ids)
     assert tokenizer.decode(ids) == TARGETS[name, kind]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_reasoning_is_trained_where_it_is_written_as_the_rejection_advises(name):
+    renderer = tt.renderer_for(ENTRIES[name], tt.tokenizer_for(ENTRIES[name]))
+
+    def rendered(**answer):
+        rows = [{"role": "user", "content": "Who goes there?"}, {"role": "assistant", **answer}]
+        return renderer.render(Conversation("a row", read_messages(rows, "a row")))
+
+    dropped = rendered(content="It is I.", reasoning_content="let me see")
+    if isinstance(dropped, Rejection) and "write it into content as" in dropped.message:
+        advised = re.search("generate it, (.*) reasoning (.*) answer, or", dropped.message)
+        tree = rendered(content=f"{advised[1]} let me see {advised[2]} It is I.")
+        assert not isinstance(tree, Rejection), tree
+        assert "let me see" in tree.segments[-1].text and advised[2] in tree.segments[-1].text

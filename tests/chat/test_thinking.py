@@ -276,3 +276,44 @@ def test_each_named_template_gets_the_defaults_of_what_it_reads():
     assert made.render([], None) == "1" and made.render([], []) == "2[]"
     with_bos = with_defaults(replace(template, texts={"default": "{{ bos_token }}"}), {"bos_token": ""}, Switch())
     assert with_bos.render([]) == "", "every caller gives it: the default is the value"
+
+
+# Arguments that the template does not read ---------------------------------------------------------------------------
+
+
+def test_arguments_that_the_template_does_not_read_are_named_and_are_no_defaults():
+    given = {"enable_thinkin": False, "enable_thinking": False, "effort": "low"}
+    renderer = renderer_of(chat_tokenizer(OPENING), template_kwargs=given)
+    _, counts = trained(renderer, [([USER, says("It is I.")], None)])
+    assert counts.defaults() == {"enable_thinking": False} and counts.unread() == ["enable_thinkin", "effort"]
+    assert thinking_lines([], counts.defaults(), counts.unread()) == [
+        "the saved chat template has as its defaults: enable_thinking=false",
+        "data.chat_template_kwargs.enable_thinkin changes nothing: the chat template does not read it",
+        "data.chat_template_kwargs.effort changes nothing: the chat template does not read it",
+    ]
+    own = Conversation("a:1", read_messages([USER, says("I.")], "a:1"), None, {"mood": "good"})
+    counts = renderer.new_counts()
+    counts.add(own, renderer.render(own))
+    assert counts.defaults() == {"enable_thinking": False}, "of an example's own arguments too"
+    plain = Renderer(chat_tokenizer(None), None, stop_token_ids=[0], template_kwargs=given).new_counts()
+    assert plain.defaults() == {} and plain.unread() == []
+
+
+@pytest.mark.parametrize("command", [("check",), ("train", "--dry-run")])
+def test_commands_name_an_argument_that_the_template_does_not_read(command, preceptor, run_file):
+    file = run_file(data__chat_template_kwargs={"enable_thinking": False})  # as of a file of another trainer
+    code, out, err = preceptor(command[0], file, *command[1:])
+    printed = " ".join(out.split())
+    assert code == 0, err
+    assert "data.chat_template_kwargs.enable_thinking changes nothing: the chat template does not read it" in printed
+    assert "has as its defaults" not in printed
+
+
+def test_a_turn_reasons_by_the_tags_that_the_template_knows():
+    """By others it is trained as a text, and counted so."""
+    renderer = renderer_of(chat_tokenizer(OPENING))
+    unknown, known = says("<thinking>\nHm.\n</thinking>\nI."), says("<think>\nHm.\n</think>\n\nI.")
+    for turn, reasons in ((unknown, False), (known, True)):
+        _, counts = trained(renderer, [([USER, turn], None)])
+        (count,) = counts.thinking()
+        assert (count["reasoning"], count["thinking"]) == (reasons, reasons)

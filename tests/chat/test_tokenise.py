@@ -1,10 +1,12 @@
 """Tokenising by chunks is tokenising the whole."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast
 
 from preceptor.chat.tokenise import Path, Tokeniser, any_of
 from preceptor.chat.words import Words
@@ -100,6 +102,26 @@ def test_characters_without_a_token_are_noticed():
     silent = Tokeniser(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>"))
     assert silent.spells_all(silent.whole("ab"), "ab")
     assert not silent.spells_all(silent.whole("a🙂b"), "a🙂b")
+
+
+def test_an_eos_that_is_named_as_the_unknown_token_is_known():
+    """As GPT2Tokenizer and GPTNeoXTokenizer do by default."""
+    model = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    for kind in (GPT2Tokenizer, GPTNeoXTokenizer):
+        tokenizer = kind(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+        tokeniser, text = Tokeniser(tokenizer), "the end 🙂<|endoftext|>"
+        ids = tokeniser.whole(text)
+        assert tokenizer.unk_token_id == tokenizer.eos_token_id == ids[-1]
+        assert tokeniser.spells_all(ids, text)
+
+
+@pytest.mark.parametrize("kind", ["metaspace-first", "metaspace-always"])
+def test_an_unknown_token_that_is_written_is_noticed_also_where_it_is_the_eos(kind):
+    tokenizer = build(kind)
+    tokenizer.unk_token = "<eos>"
+    tokeniser = Tokeniser(tokenizer)
+    assert tokeniser.spells_all(tokeniser.whole("the end"), "the end")
+    assert not tokeniser.spells_all(tokeniser.whole("the \U0010fffd end"), "the \U0010fffd end")
 
 
 @settings(deadline=None, max_examples=200)

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
+from preceptor.errors import CheckpointError
 from preceptor.evaluate.intervals import NUM_RESAMPLES
+from preceptor.evaluate.model import device_named
 
 CHOICES = [{"prompt": f"the {word}", "choices": [" user", " message"], "answer": 0} for word in ("start", "end", "and")]
 ASKED = [
@@ -103,3 +107,79 @@ def test_compare_base_and_tuned(preceptor, base_folder, tuned, files, tmp_path):
         "base",
         "tuned",
     }
+
+
+def full(*_):
+    raise CheckpointError("the disk is full")
+
+
+def gone(*_):
+    raise BrokenPipeError
+
+
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_results_are_shown_where_they_cannot_be_written_and_written_where_nobody_reads(
+    command, preceptor, base_folder, files, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    arguments = {
+        "eval": ("eval", base_folder, files[0], "--out", out),
+        "compare": ("compare", base_folder, base_folder, "--text", files[2], "--out", out),
+    }[command]
+    writer = {"eval": "commands.eval.write_json", "compare": "compare.compare.write_json"}[command]
+    printer = {"eval": "evaluate.figures.print_evaluation", "compare": "compare.text.print_comparison"}[command]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"preceptor.{writer}", full)
+        for form, word in (((), "95 % interval"), (("--json",), '"settings": {')):
+            code, shown, err = preceptor(*arguments, *form)
+            assert code == 6 and "the disk is full" in err and word in shown
+    monkeypatch.setattr(f"preceptor.{printer}", gone)
+    assert preceptor(*arguments)[0] == 1
+    found = json.loads((out if command == "eval" else out / "compare.json").read_text())
+    assert found["tasks"][0]["num_items"] == len(CHOICES if command == "eval" else TEXTS)
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(preceptor, base_folder, files, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    commands = (
+        ("eval", base_folder, files[0]),
+        ("compare", base_folder, base_folder, "--tasks", files[0]),
+        ("chat", base_folder),
+        (
+            "merge",
+            base_folder,
+            base_folder,
+            "--out",
+            tmp_path / "s",
+            "--sweep",
+            "--trained",
+            files[0],
+            "--text",
+            files[2],
+        ),
+    )
+    monkeypatch.setattr("preceptor.compare.sweep.merge_weights", lambda *_: 1 / 0)
+    for command in commands:
+        code, _, err = preceptor(*command, "--device", "cuda", stdin=())
+        assert code == 2 and "--device cuda: torch sees no GPU here" in err, (command, err)
+    for device in ("auto", "cpu"):
+        assert device_named(device) == torch.device("cpu")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(preceptor, base_folder, files, write_jsonl, tmp_path):
+    """Such as <pad> of Llama 2: it is neither given to the model nor looked up in its head."""
+    model, tokenizer = (kind.from_pretrained(base_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == model.get_input_embeddings().weight.shape[0] == len(tokenizer) - 1
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "more")
+    prompts = write_jsonl(
+        [{"messages": [{"role": "user", "content": "user " * num}]} for num in (1, 5)], "prompts.jsonl"
+    )
+    arguments = ("--tasks", files[0], "--prompts", prompts, "--json", "--max-new-tokens", 6)
+    found = []
+    for folder in (base_folder, tmp_path / "more"):
+        code, shown, err = preceptor("compare", folder, folder, *arguments)
+        assert code == 0, err
+        found.append(json.loads(shown))
+    assert found[1]["shift"] == found[0]["shift"] and found[1]["samples"] == found[0]["samples"]

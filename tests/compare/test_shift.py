@@ -19,7 +19,7 @@ from preceptor.compare.shift import (
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.generate import generate
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.model.loss.linear_cross_entropy import Head
+from preceptor.model.loss.linear_cross_entropy import Head, output_head
 from tiny import tiny_model, tiny_tokenizer
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -42,8 +42,10 @@ def answered(tuned, num_new=12):
 
 
 def shift_of(base, tuned, said, **settings):
-    shared = shared_ids(base.chat.tokenizer.get_vocab(), tuned.chat.tokenizer.get_vocab())
-    trees = [base_tree(each, shared, speller(tuned.chat.tokenizer, base.chat.tokenizer)) for each in said]
+    rows = [len(output_head(each.model).weight_VD) for each in (base, tuned)]
+    shared = shared_ids(base.chat.tokenizer.get_vocab(), tuned.chat.tokenizer.get_vocab(), min(rows))
+    spell = speller(tuned.chat.tokenizer, base.chat.tokenizer, rows[0])
+    trees = [base_tree(each, shared, spell) for each in said]
     ours, theirs = target_states(base, trees), target_states(tuned, [tuned_tree(each) for each in said])
     return measure_shift(said, ours, theirs, shared, **settings), shared
 
@@ -146,7 +148,22 @@ def test_shares_and_positions_are_counted():
 
 def test_other_vocabularies_and_too_long_answers_are_rejected():
     with pytest.raises(ModelError, match="have different tokenizers"):
-        shared_ids({"a": 0, "b": 1}, {"a": 1, "b": 0})
+        shared_ids({"a": 0, "b": 1}, {"a": 1, "b": 0}, 2)
     model = tiny_evaluated()
     with pytest.raises(DataError, match="p:1: with its answer it has 300 tokens"):
         target_states(model, [tuned_tree(AnswerTokens("p:1", (5,) * 290, (5,) * 10))])
+
+
+@pytest.mark.parametrize("lacking", ["base", "tuned"])
+def test_a_token_without_a_row_in_one_head_is_not_shared(lacking):
+    """A tokenizer may have more tokens than its model has rows (Llama 2's <pad>)."""
+    full = tiny_evaluated()
+    last = len(full.chat.tokenizer) - 1
+    models = {"base": full, "tuned": tiny_evaluated(seed=2)} | {lacking: tiny_evaluated(seed=3, rows=last)}
+    drawn = tuple(np.random.default_rng(0).integers(5, last, size=12).tolist())
+    words = full.chat.ids("the user")
+    said = [AnswerTokens("p:1", words, (*drawn[:6], *([last] if lacking == "base" else []), *drawn[6:]))]
+    shift, shared = shift_of(models["base"], models["tuned"], said)
+    assert shared == frozenset(range(last))
+    assert ((shift.rank_N == 0) == (shift.token_N == last)).all() and len(shift.rank_N) == 12 + (lacking == "base")
+    assert (shift.kl_N[shift.rank_N > 0] > 0).all()

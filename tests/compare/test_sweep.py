@@ -1,6 +1,7 @@
 """`merge --sweep`: both ends are the models themselves, taxes are told by their intervals, plots stand alone."""
 
 import json
+import weakref
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -9,10 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from preceptor.compare.compare import EvaluationSuite
 from preceptor.compare.sweep import sweep, verdict
+from preceptor.errors import CheckpointError
 from preceptor.evaluate.figures import figures
 from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import read_task
+from preceptor.report.tradeoff import draw_plots
 
 CHOICES = [{"prompt": f"the {word}", "choices": [" user", " message"], "answer": 0} for word in ("start", "end", "and")]
 TEXTS = [{"text": f"the start of the message {n} and the end of it"} for n in range(5)]
@@ -119,3 +122,56 @@ def test_mistakes(preceptor, base_folder, tuned, tmp_path):
     assert code == 2 and "from 0 (the base) to 1" in err
     code, shown, err = preceptor("merge", base_folder, tuned, "--out", tmp_path / "s")
     assert code == 0 and "0.5 of" in shown, err
+
+
+def test_one_model_is_in_memory_at_a_time(base_folder, tuned, suite, tmp_path):
+    loaded = []
+
+    def counting(path):
+        assert not any(model() is not None for model in loaded), "the one before is still held"
+        evaluated = load(path)
+        loaded.append(weakref.ref(evaluated.model))
+        return evaluated
+
+    sweep(str(base_folder), str(tuned), [0.5], suite, counting, tmp_path)
+    assert len(loaded) == 3
+
+
+def test_tasks_of_one_name_have_a_plot_and_sentences_each(preceptor, base_folder, tuned, write_jsonl, tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    skill, out = write_jsonl(CHOICES, "c/skill.v2.jsonl"), tmp_path / "sweep"
+    taxes = [word for name in "ab" for word in ("--text", write_jsonl(TEXTS, f"{name}/test.jsonl"))]
+    code, shown, err = preceptor("merge", base_folder, tuned, "--sweep", "--out", out, "--trained", skill, *taxes)
+    assert code == 0, err
+    assert sorted(file.name for file in out.glob("*.svg")) == [f"sweep-c_skill.v2-{n}_test.svg" for n in "ab"]
+    assert f"written: {out / 'sweep.json'}, {out / 'sweep-c_skill.v2-a_test.svg'}" in shown
+    for number, name in enumerate("ab"):
+        assert f"{name}/test: tax, bits per byte" in shown
+        assert f" {name}/test" in json.loads((out / "sweep.json").read_text())["verdict"][number]
+        words = "".join(ElementTree.fromstring((out / f"sweep-c_skill.v2-{name}_test.svg").read_text()).itertext())
+        assert f"tax on {name}/test, bits per byte" in words
+
+
+def test_plots_of_names_that_differ_in_a_sign_alone(monkeypatch):
+    monkeypatch.setattr("preceptor.report.tradeoff.draw_file", lambda panel: panel.x_label)
+    found = [row("generation", "trained", [(0.0, ZERO, ZERO)])]
+    found += [{**row("perplexity", "text", [(0.0, ZERO, ZERO)]), "task": name} for name in ("a b.txt", "a_b.txt")]
+    for entry in found:
+        entry["points"][0] |= {"value": 0.0, "low": 0.0, "high": 0.0, "num": 9}
+    plots = draw_plots({"tasks": found})
+    assert list(plots) == ["sweep-trained-a_b.svg", "sweep-trained-a_b_.svg"]
+    assert ["a b" in plots["sweep-trained-a_b.svg"], "a_b" in plots["sweep-trained-a_b_.svg"]] == [True, True]
+
+
+def test_the_sweep_is_shown_where_it_cannot_be_written(
+    preceptor, base_folder, tuned, write_jsonl, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("preceptor.compare.sweep.write_json", full)
+    files = write_jsonl(CHOICES, "skill.jsonl"), write_jsonl(TEXTS, "texts.jsonl")
+    asked = ("merge", base_folder, tuned, "--sweep", "--out", tmp_path / "s", "--trained", files[0], "--text", files[1])
+    code, shown, err = preceptor(*asked, "--weight", 0.5)
+    assert code == 6 and "the disk is full" in err and "texts: tax, bits per byte" in shown and "written" not in shown

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from preceptor.compare.verdict import sentence, short_name, verdict
+from preceptor.compare.verdict import sentence, short_name, short_names, verdict
 from preceptor.evaluate.figures import comparison
 from preceptor.evaluate.run import ItemResult
 from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
@@ -98,3 +98,36 @@ def test_the_shift_in_words():
 
 def test_short_names():
     assert [short_name(name) for name in ("scholar:heldout", "a/b.jsonl", "c.jsonl.gz")] == ["heldout", "b", "c"]
+    names = (
+        "mmlu.law.jsonl",
+        "mmlu.physics.jsonl",
+        "lm_eval:arc_easy",
+        "lm_eval:own.yaml",
+        "library.TXT",
+        "org/set.v2",
+    )
+    expected = ["mmlu.law", "mmlu.physics", "lm_eval:arc_easy", "lm_eval:own", "library", "set.v2"]
+    assert [short_name(name) for name in names] == expected
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (("scholar:heldout", "x/letters.jsonl", "x/letters.jsonl"), ["heldout", "letters"]),
+        (("a/test.jsonl", "b/test.jsonl"), ["a/test", "b/test"]),
+        (("a/test.jsonl", "test.jsonl"), ["a/test", "test"]),
+        (("mmlu.law.jsonl", "mmlu.physics.jsonl"), ["mmlu.law", "mmlu.physics"]),
+        (("x.jsonl", "x.json"), ["x.jsonl", "x.json"]),
+        (("scholar:heldout", "heldout.jsonl"), ["scholar:heldout", "heldout.jsonl"]),
+        (("x.jsonl", "./x.jsonl"), ["x.jsonl (1)", "x.jsonl (2)"]),
+        ((), []),
+    ],
+)
+def test_names_of_several_tasks_are_distinct(tasks, expected):
+    assert list(short_names(tasks).values()) == expected
+
+
+def test_sentences_say_which_of_two_tasks_of_one_name():
+    entries = [row(np.ones(400), np.where(np.arange(400) < num, 0.0, 1.0), f"{num}/test.jsonl") for num in (40, 80)]
+    (told,) = verdict(entries, None)
+    assert told.startswith("The tax: lost 10.0 ± ") and " on 40/test; lost 20.0 ± " in told and " on 80/test;" in told

@@ -1,9 +1,12 @@
 """The run file: strict, typed, resolved, and the same again when its resolved copy is read."""
 
+import inspect
 from typing import get_args
 
 import pytest
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from preceptor import config
 from preceptor.config.durations import Duration, Unit
@@ -347,3 +350,12 @@ def test_other_texts_and_runs_that_are_built_keep_their_signs(tmp_path):
 def test_a_duration_is_written_as_it_is_read(text):
     """An exponent would be read by nobody: such a run could not go on from its own run file."""
     assert str(Duration.parse(text)) == text
+
+
+def test_no_template_is_given_an_argument_that_transformers_takes_itself():
+    """Of what `apply_chat_template` and its render are given by name, only `documents` goes on to the template."""
+    taken = set()
+    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
+        named = inspect.signature(function).parameters.values()
+        taken |= {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
+    assert taken - config.RESERVED_ARGUMENTS == {"documents"}

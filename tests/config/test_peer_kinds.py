@@ -289,6 +289,9 @@ def test_flags_in_variables_that_are_not_read_are_named(tmp_path):
         ("PYTHONPATH=. numactl -m 0 python train.py", 2),
         ("python3 -m torch.distributed.run --nproc_per_node 2 -m own.train", 4),
         ("accelerate launch --num_processes 2 -m trl.cli sft", 4),
+        ("deepspeed --num_gpus 4 train.py", 8),
+        ("deepspeed --num_gpus 4 --num_nodes 2 train.py", 16),
+        ("accelerate launch --num_processes 2 --num_machines 2 train.py", 4),
         ("python -m debugpy --listen 5678 train.py", 2),
         ("$PYTHON -m trl.scripts.sft", 2),
     ],
@@ -417,6 +420,11 @@ def test_files_of_a_local_folder(tmp_path, path):
     found = converted(tmp_path, {"base_model": "m", "datasets": data})
     wanted = "train.jsonl" if path == "json" else str(Path(path) / "train.jsonl")
     assert found.tree["data"]["train"] == [{"path": wanted}]
+
+
+def test_a_data_set_that_is_named_without_its_owner_is_not_lost():
+    data = [{"path": "squad", "data_files": "train.jsonl", "type": "chat_template"}]
+    assert "hf://datasets/OWNER/squad/train.jsonl" in notes_of(of("Axolotl", datasets=data))["data.train path"]
 
 
 def test_columns_that_axolotl_names():

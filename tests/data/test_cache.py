@@ -18,6 +18,7 @@ from preceptor.chat.render import Renderer
 from preceptor.data import cache as cache_module
 from preceptor.data import reading, records, workers
 from preceptor.data.cache import Cache, cache_folder, entries, prune
+from preceptor.data.formats.tables import TableFile
 from preceptor.data.records import FlatFile, write_flat
 from preceptor.errors import DataError
 from preceptor.train.prepare import prepare
@@ -215,7 +216,7 @@ def test_where_nothing_can_be_written_the_run_goes_on_in_memory(load, tmp_path, 
     assert facts(prepare(off)) == facts(prepared)
 
 
-def test_a_full_disk_leaves_the_rest_in_memory(load, monkeypatch, capsys, files_of):
+def test_a_full_disk_leaves_the_rest_in_memory(load, monkeypatch, capsys, files_of, tmp_path):
     run = load(ROWS)
     write, written = cache_module.write_flat, []
 
@@ -229,6 +230,7 @@ def test_a_full_disk_leaves_the_rest_in_memory(load, monkeypatch, capsys, files_
     monkeypatch.setattr(cache_module, "write_flat", full)
     prepared = prepare(run)
     assert capsys.readouterr().err.count("No space left on device") == 1 and len(written) == 3
+    assert prune(tmp_path / "cache", 0.0, 0) == []  # this process reads them
     assert len(files_of("portions")) == 2 and not list(files_of("portions")[0].parents[2].rglob("*.partial"))
     off = run.model_copy(update={"data": run.data.model_copy(update={"cache": "off"})})
     assert facts(prepare(off)) == facts(prepared)
@@ -342,6 +344,25 @@ def test_prune_removes_the_longest_unused_and_what_no_table_names(load, tmp_path
     cache_module._using.clear()
     assert prune(folder, None, 0) and entries(folder) == []
     assert not list((folder / "portions").rglob("*.flat"))
+
+
+def test_prune_leaves_the_portions_that_a_run_reads_though_no_table_names_them(load, monkeypatch, tmp_path, files_of):
+    """As of a URL whose server does not say when its content changes, or where the disk is full before the table."""
+    folder, run = tmp_path / "cache", load(ROWS, conversations(3))
+    known = prepare(run)
+    trees = list(known.train), known.held_out
+    (table,) = files_of("tables")
+    cache_module._using.clear()  # as if that run had ended
+    monkeypatch.setattr(TableFile, "identity", lambda *_: None)
+    for path in (table, *files_of("portions")):
+        os.utime(path, (1, 1))
+    prepared = prepare(run)
+    assert files_of("tables") == [table]
+    using = [file.read_text().split() for file in (folder / "locks").glob("using-*")]
+    assert [set(keys) for keys in using] == [{path.stem for path in files_of("portions")}]
+    assert [entry.key for entry in prune(folder, 3600.0, None)] == [table.stem]
+    assert prune(folder, 0.0, 0) == [] and {entry.in_use for entry in entries(folder)} == {True}
+    assert (list(prepared.train), prepared.held_out) == trees
 
 
 def test_the_command_lists_and_prunes(load, preceptor, tmp_path):

@@ -122,8 +122,9 @@ def test_blocks_are_as_full_as_one_plan(blocks_of_500, monkeypatch):
     assert in_blocks < 1.005 * EpochPlans(lengths_N, 512, 0).num_sequences
 
 
-def test_a_block_that_cannot_be_packed_anew_takes_the_packing_of_the_longest(blocks_of_500, monkeypatch):
-    lengths_N = np.random.default_rng(0).integers(200, 700, 1500)
+@pytest.mark.parametrize("num", [1500, 1501])
+def test_a_block_that_cannot_be_packed_anew_takes_the_packing_of_the_longest(blocks_of_500, monkeypatch, num):
+    lengths_N = np.random.default_rng(0).integers(200, 700, num)
     plans = EpochPlans(lengths_N, 1024, 0)
 
     def cannot(*_):
@@ -131,8 +132,25 @@ def test_a_block_that_cannot_be_packed_anew_takes_the_packing_of_the_longest(blo
 
     monkeypatch.setattr(packing, "plan_epoch", cannot)
     plan = sequences_of(plans, 0)
-    assert len(plan) == plans.num_sequences and sorted(index for row in plan for index in row) == list(range(1500))
+    assert len(plan) == plans.num_sequences and sorted(index for row in plan for index in row) == list(range(num))
     assert all(row and lengths_N[row].sum() <= 1024 for row in plan)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[1100] * 1001, [1100] * 1502, [2048] * 1496 + [100] * 3, [1100] * 1000],
+    ids=["two blocks", "three blocks", "books", "no rest"],
+)
+def test_blocks_where_nearly_every_example_stands_alone(blocks_of_500, lengths):
+    """Each block has nearly as many sequences as examples, and some have one example more than others."""
+    lengths_N = np.random.default_rng(0).permutation(lengths)
+    plans = EpochPlans(lengths_N, 2048, 0)
+    for epoch in range(4):
+        plan = sequences_of(plans, epoch)
+        assert len(plan) == plans.num_sequences <= len(lengths)
+        assert sorted(index for row in plan for index in row) == list(range(len(lengths)))
+        assert all(row and lengths_N[row].sum() <= 2048 for row in plan)
+        assert [plans.sequences(epoch, at, at + 1)[0] for at in range(0, len(plan), 50)] == plan[::50]
 
 
 def test_epochs_in_blocks_share_few_pairs_of_examples(blocks_of_500):

@@ -157,7 +157,7 @@ def test_the_batch_is_halved_until_it_fits_in_memory(monkeypatch, fits):
     assert sizes == {3: [4, 2, 2], 2: [4, 2, 2], 1: [4, 2, 1, 1, 1, 1]}[fits]
 
 
-def test_an_answer_that_does_not_fit_alone_and_logits_that_are_not_finite_are_said(monkeypatch):
+def test_an_answer_that_does_not_fit_alone_is_said(monkeypatch):
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
 
@@ -171,7 +171,49 @@ def test_an_answer_that_does_not_fit_alone_and_logits_that_are_not_finite_are_sa
         patch.setattr(model, "generate", lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(model, tokenizer, CONTEXTS, [0], 4)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(1.0, 0)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_said(value, sampling):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
     with torch.no_grad():
-        model.lm_head.weight[:] = float("inf")
+        model.lm_head.weight[:] = value
     with pytest.raises(ModelError, match="logits are not finite"):
-        generate(model, tokenizer, CONTEXTS, [0], 4, sampling=Sampling(1.0, 0))
+        generate(model, tokenizer, CONTEXTS, [0], 4, sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(1.0, 0)])
+@pytest.mark.parametrize("token", [1, 4])
+def test_one_token_of_one_answer_is_enough(token, sampling):
+    """Also where one logit of many is NaN; tokens that the model's own settings exclude are none of these."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    model.generation_config.suppress_tokens = [7]
+    passes = []
+
+    def spoil(module, arguments, output):
+        passes.append(len(output.logits))
+        if len(passes) == token:
+            output.logits[1, -1, 5] = float("nan")
+
+    expected = generate(model, tokenizer, CONTEXTS, [], 4, sampling=sampling)
+    with model.register_forward_hook(spoil):
+        with pytest.raises(ModelError, match="logits are not finite"):
+            generate(model, tokenizer, CONTEXTS, [], 4, sampling=sampling)
+        assert passes == [4] * 4, "no step waits for it: it is known at the end"
+        passes[:] = range(9)
+        assert generate(model, tokenizer, CONTEXTS, [], 4, sampling=sampling) == expected
+
+
+@pytest.mark.parametrize("stop", [[], [300, 9]])
+def test_a_pad_token_without_a_row(stop):
+    """A tokenizer may have more tokens than the model has rows, as Llama 2's with <pad>."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    expected = generate(model, tokenizer, CONTEXTS, stop[1:], 12)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]
+    stop = [tokenizer.pad_token_id, *stop[1:]] if stop else []
+    assert generate(model, tokenizer, CONTEXTS, stop, 12) == expected

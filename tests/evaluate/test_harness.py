@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from preceptor.errors import ConfigError, DataError
 from preceptor.evaluate import harness
 from preceptor.evaluate.harness import open_task, require_harness
 from preceptor.train.prepare import prepare
+from preceptor.train.provenance import tasks_sha256
 from runs import execute
 
 needs_lm_eval = pytest.mark.skipif(
@@ -208,6 +210,32 @@ def test_answers_and_what_ends_them(read, arguments, until):
     assert found.kind == "generation" and found.items[0].until == until
     assert found.items[0].accepted == ("the user 0",)
     assert found.items[0].prompt.messages == ({"role": "user", "content": "the user 0"},)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"do_sample": True}, {"temperature": 0.7}, {"do_sample": True, "temperature": 0.0}, {"num_beams": 10}],
+)
+def test_answers_that_are_drawn_are_refused_with_the_reason(read, arguments):
+    with pytest.raises(DataError, match=r"whose answers are drawn or searched for .* run it .* --tasks words"):
+        read(_StandIn("generate_until", "question", metric_list=EXACT, generation_kwargs=arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit"),
+    [
+        (None, None),
+        ({"do_sample": False, "temperature": 0.7, "num_beams": 1}, None),
+        ({"do_sample": None, "temperature": 0.0, "max_gen_toks": 32}, 32),
+        ({"max_gen_toks": None, "max_new_tokens": 16}, 16),
+        ({"max_tokens": 8, "max_gen_toks": "4"}, 4),
+    ],
+)
+def test_the_limit_of_an_answer_is_the_tasks_own(read, arguments, limit):
+    found = read(_StandIn("generate_until", "question", metric_list=EXACT, generation_kwargs=arguments))
+    assert found.max_new_tokens == limit
+    assert tasks_sha256([found]) != tasks_sha256([replace(found, max_new_tokens=5)]), "the base is measured again"
+    assert read(_StandIn(metric_list=ACC, generation_kwargs=arguments)).max_new_tokens is None
 
 
 def test_several_answers_are_accepted(read):

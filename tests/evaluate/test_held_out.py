@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from preceptor.chat.reasoning import TAGS
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
@@ -34,7 +35,7 @@ def rendered(write_jsonl):
     file = write_jsonl(ROWS)
     pairs = [(record, renderer.render(record)) for record in OpenSource(file).examples()]
     assert not any(isinstance(tree, Rejection) for _, tree in pairs)
-    return file, tokenizer, label_targets(pairs, tokenizer)
+    return file, tokenizer, label_targets(pairs, tokenizer, renderer.template.reasoning_tags)
 
 
 def test_labels(rendered):
@@ -50,6 +51,14 @@ def test_labels(rendered):
     assert sizes == [[len("The message — is.".encode())], [len("The message — is.".encode()), 8], [16]]
 
 
+def test_reasoning_is_what_the_tags_of_the_template_enclose(fitted):
+    """Between other tags it is text, and trained so."""
+    contents = [f"<{tag}>\na start\n</{tag}>\n\nthe end" for tag in ("think", "thinking")]
+    rows = [{"messages": [USER, {**ANSWER, "content": content}]} for content in contents]
+    kinds = [own.kinds for each in fitted(rows, 4096) for own in each.labels if own is not None]
+    assert kinds == [("reasoning",), ("plain",)]
+
+
 @pytest.fixture
 def fitted(write_jsonl):
     """Held-out examples within so many tokens, with their labels."""
@@ -59,7 +68,8 @@ def fitted(write_jsonl):
     def read(rows, max_length, overflow="split", **options):
         renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[stop], **options)
         reader = SourceReader(Fitter(renderer, max_length, overflow))
-        held_out = label_targets(reader.read_held_out(OpenSource(write_jsonl(rows))), tokenizer)
+        pairs = reader.read_held_out(OpenSource(write_jsonl(rows)))
+        held_out = label_targets(pairs, tokenizer, renderer.template.reasoning_tags)
         assert not reader.rejections
         return held_out
 
@@ -133,9 +143,9 @@ def test_tools_and_reasoning_are_kinds_and_a_turn_may_have_several(write_jsonl):
         {"messages": [USER, {**ANSWER, "content": "<think>so</think>It is."}]},
     ]
     tools, inline = OpenSource(write_jsonl(rows)).examples()
-    assert _kinds(tools, 2) == ("tools", "system")
-    assert _kinds(tools, 4) == ("tools", "reasoning", "system")
-    assert _kinds(inline, 1) == ("reasoning",)
+    assert _kinds(tools, 2, TAGS) == ("tools", "system")
+    assert _kinds(tools, 4, TAGS) == ("tools", "reasoning", "system")
+    assert _kinds(inline, 1, TAGS) == ("reasoning",)
 
 
 def test_nothing_held_out_is_an_error(rendered):

@@ -8,7 +8,7 @@ import torch
 
 from preceptor.chat.format import ChatFormat
 from preceptor.chat.template import load_template
-from preceptor.errors import DataError, TemplateError
+from preceptor.errors import DataError, ModelError, TemplateError
 from preceptor.evaluate.figures import comparison, figures, summary
 from preceptor.evaluate.likelihood import segment_losses
 from preceptor.evaluate.model import EvaluatedModel, default_dtype, load_evaluated_model
@@ -208,3 +208,27 @@ def test_an_item_longer_than_the_models_context_is_named():
         tiny_evaluated().context(given, "task:9", 8)
     with pytest.raises(TemplateError, match=r"has no token <\|im_start\|>"):
         load_evaluated_model("scholar", "float32", "cpu", "chatml")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_model_whose_logits_are_not_finite_chooses_and_answers_nothing(alone):
+    """The first choice of all and the first token would be as good as any; of a text the figures show it."""
+    evaluated = tiny_evaluated(alone=alone)
+    with torch.no_grad():
+        for parameter in evaluated.model.parameters():
+            parameter.fill_(float("nan"))
+    asked = TaskItem("task:1", TaskPrompt(text="the user"), ("x",))
+    with pytest.raises(ModelError, match=r"^task:1: the model's logits are not finite"):
+        run_task(evaluated, Task("t", "multiple choice", (choice(),)), 8, 2)
+    with pytest.raises(ModelError, match="logits are not finite"):
+        run_task(evaluated, Task("t", "generation", (asked,)), 8, 2)
+    task = Task("t", "perplexity", (TaskItem("t:1", text="the user and"), TaskItem("t:2", text="the message")))
+    assert all(math.isnan(result.values["nats"]) for result in run_task(evaluated, task, 8, 2))
+
+
+def test_a_task_may_have_a_limit_of_its_own():
+    evaluated = tiny_evaluated(stop=[299])
+    items = (TaskItem("t:1", TaskPrompt(text="the user"), ("x",)),)
+    for own, expected in ((None, 6), (3, 3), (9, 9)):
+        (result,) = run_task(evaluated, Task("t", "generation", items, max_new_tokens=own), 6, 4)
+        assert result.values["num_tokens"] == expected and result.record["stop"] == "length"

@@ -101,12 +101,50 @@ def test_a_model_that_does_not_stop_where_it_was_trained_to_is_refused(trained, 
     assert code == 5 and "does not stop at token" in err
 
 
-def test_data_that_is_gone_is_said_and_other_conversations_are_compared(trained, preceptor, tmp_path):
-    run = trained()
-    (tmp_path / "train.jsonl").unlink()
+@pytest.mark.parametrize("gone", ["train.jsonl", "base"])
+def test_data_or_a_base_that_is_gone_is_said_but_its_path_is_not_published(
+    gone, trained, preceptor, tmp_path, base_folder
+):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    run = trained(model__path=str(base))
+    (tmp_path / gone).rename(tmp_path / "moved")
     code, out, err = preceptor("export", run, "--to", "hf")
     assert code == 0, err
+    assert f"the data of the run cannot be read here: {tmp_path}/{gone}" in out
     assert "4 turns of conversations made for this: the data of the run cannot be read here" in out
+    card = (tmp_path / "run-hf/README.md").read_text()
+    assert "the data of the run cannot be read here" in card and str(tmp_path) not in card
+
+
+def test_the_code_that_reads_a_runs_data_is_run_where_it_is_trusted(trained, preceptor, tmp_path):
+    run = trained()
+    was_run = tmp_path / "was_run"
+    (tmp_path / "own.py").write_text(f"open({str(was_run)!r}, 'w').close()\n\ndef read(record):\n    return record\n")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train"][0]["code"] = f"{tmp_path}/own.py:read"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    for number, options in enumerate(([], ["--skip-proof"])):
+        code, out, err = preceptor("export", run, "--to", "hf", "--out", tmp_path / f"{number}", *options)
+        assert code == 0 and "config.yaml: its data is read by Python code (`code`)" in out, err
+        assert not was_run.exists()
+    code, out, err = preceptor("export", run, "--to", "hf", "--trust-remote-code")
+    assert code == 0 and PROVED in out, err
+    assert was_run.exists()
+
+
+def test_relative_paths_of_a_run_are_those_of_where_it_started(trained, preceptor, tmp_path, base_folder, monkeypatch):
+    from preceptor.export.source import ExportSource
+
+    base, other = shutil.copytree(base_folder, tmp_path / "base"), tmp_path / "other"
+    monkeypatch.chdir(tmp_path)
+    run = trained(model__path="base", data__train=[{"path": "train.jsonl"}])
+    (base / "tokenizer.model").write_text("pieces")
+    other.mkdir()
+    (other / "train.jsonl").write_text(json.dumps(conversations(1)[0]) + "\n")
+    monkeypatch.chdir(other)
+    code, out, err = preceptor("export", run, "--to", "hf")
+    assert code == 0 and PROVED in out, err
+    assert ExportSource.of(str(run)).base_file("tokenizer.model") == base / "tokenizer.model"
 
 
 def test_a_card_says_data_steps_evaluation_and_tax(trained, preceptor, tmp_path, base_folder):
@@ -209,6 +247,23 @@ def test_a_converter_is_driven_and_its_failure_told(trained, preceptor, tmp_path
     code, _, err = preceptor("export", run, "--to", "gguf", "--gguf-type", "q8_0", "--skip-proof")
     assert code == 0, err
     assert (tmp_path / "run-gguf/model.gguf").read_text().endswith("/model q8_0")
+
+
+@pytest.mark.parametrize("prompt", ["Be brief.", 'Answer in """quotes"""\nand be brief.'])
+def test_a_system_prompt_that_would_end_itself_in_the_modelfile_is_left_out(
+    prompt, trained, preceptor, tmp_path, monkeypatch
+):
+    system = {"role": "system", "content": prompt}
+    rows = [{"messages": [system, *row["messages"]]} for row in conversations(4)]
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nopen(sys.argv[3], 'w').close()\n")
+    code, out, err = preceptor("export", trained(rows=rows), "--to", "ollama", "--skip-proof")
+    assert code == 0, err
+    text = (tmp_path / "run-ollama/Modelfile").read_text()
+    if '"""' in prompt:
+        assert "SYSTEM" not in text and 'Modelfile: no SYSTEM, as """ in the system prompt would end it there' in out
+    else:
+        assert f'SYSTEM """{prompt}"""\n' in text
 
 
 def test_what_the_converter_is_given_and_what_it_does_not_know(trained, preceptor, tmp_path, base_folder, monkeypatch):
@@ -454,6 +509,16 @@ def test_a_public_model_of_the_hub_is_not_pushed_to_unless_that_is_asked_for(tra
     assert not hub.made and not hub.files and not (tmp_path / "run-hub").exists()
     done = pushed(run, hub, tmp_path, "--public")
     assert done.returncode == 0 and "README.md" in hub.files, done.stderr
+
+
+@pytest.mark.parametrize(("named", "has", "lacks"), [
+    ("run", "config.json", "adapter_config.json"), ("run/model/adapter", "adapter_config.json", "config.json"),
+])  # fmt: skip
+def test_the_whole_model_is_pushed_unless_the_adapters_own_folder_is_named(named, has, lacks, trained, tmp_path, hub):
+    trained(adapter=LORA)
+    done = pushed(tmp_path / named, hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert has in hub.files and lacks not in hub.files
 
 
 @needs_llama_cpp

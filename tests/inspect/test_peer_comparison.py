@@ -1,6 +1,7 @@
 """Counts of the tokens that another trainer trains and that are trained here."""
 
 import json
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from preceptor.chat.template import load_template
 from preceptor.config import Source
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.sources import OpenSource
+from preceptor.errors import ConfigError
 from preceptor.inspect import peer_comparison
 from preceptor.inspect.emulation import Emulation, PeerTokens
 from preceptor.inspect.peer_comparison import BothCounts, BothTokens, add, compared, counts_lines, to_json
@@ -120,3 +122,11 @@ def test_of_more_examples_the_first_are_counted(counted, monkeypatch):
     monkeypatch.setattr(peer_comparison, "COUNTED", 2)
     assert next(counts_lines("TRL", counted(([5], [5])))).startswith("1 example: TRL")
     assert next(counts_lines("TRL", counted(*[([5], [5])] * 2))).startswith("the first 2 examples: TRL")
+
+
+def test_a_pipe_is_refused_as_it_would_be_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    tokenizer = tiny_tokenizer()
+    rule, renderer = rule_of("TRL", {}, tokenizer, ""), Renderer(tokenizer, None, stop_token_ids=(0,))
+    with pytest.raises(ConfigError, match=r"pipe\.jsonl: is a pipe, which can be read only once: write what it gives"):
+        next(compared(Source(path=str(tmp_path / "pipe.jsonl")), rule, renderer))

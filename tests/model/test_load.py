@@ -16,7 +16,7 @@ from preceptor.errors import CheckpointError, ModelError
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
-from preceptor.model.load import load_model, make_ready, save_model
+from preceptor.model.load import load_model, make_ready, save_model, saved_bytes
 from tiny import chain, tiny_model, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -105,6 +105,19 @@ def test_weights_that_the_type_cannot_hold_are_saved_as_they_are(tmp_path):
     save_model(model, tokenizer, tmp_path / "large", dtype=torch.float16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "large", dtype="auto")
     assert loaded.dtype == torch.float32 and loaded.lm_head.weight[0, 0] == 1e5
+
+
+@pytest.mark.parametrize("adapter", ["", "both", "merged", "adapter"])
+@pytest.mark.parametrize(("held", "saved"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", None)])
+def test_the_room_for_a_model_is_that_of_its_files(adapter, held, saved, tmp_path):
+    model, tokenizer, added = assistant("llama")
+    model, saved = model.to(getattr(torch, held)), getattr(torch, saved or "", None)
+    if adapter:
+        model = add_adapter(model, 4, 8.0, 0.0, None, sorted(added.values()), 0)
+    save_model(model, tokenizer, tmp_path / "model", saved, adapter or "both")
+    tensors = [tensor for file in tmp_path.rglob("*.safetensors") for tensor in load_file(file).values()]
+    written = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert saved_bytes(model, saved, adapter or "both") == pytest.approx(written, rel=0.02)
 
 
 def test_what_transformers_keeps_in_float32_is_saved_so(tmp_path):

@@ -12,6 +12,7 @@ from ranks import on_ranks
 from preceptor.data.forest import empty_sequence, pack_trees
 from preceptor.errors import ModelError
 from preceptor.evaluate.generate import generate
+from preceptor.model import sharding
 from preceptor.model.activations.inputs import num_levels, phases
 from preceptor.model.activations.passes import StepContext
 from preceptor.model.adapters.lora import add_adapter
@@ -379,3 +380,28 @@ def test_ranks_that_share_the_weights_generate_as_one_process_does():
     (true, first), (_, second) = on_ranks(2, _answers)
     assert first == true[:2] and second == true[1:]
     assert len({len(ids) for ids in true}) > 1, "answers end at different lengths"
+
+
+class _Weighed(torch.Tensor):
+    """Counts how often its size is asked for."""
+
+    times = 0
+
+    def numel(self):
+        _Weighed.times += 1
+        return super().numel()
+
+
+def test_each_gradient_is_weighed_once(monkeypatch):
+    """Experts with an adapter each have some 8,000 small ones."""
+    monkeypatch.setattr(sharding, "_BUCKET_BYTES", 100)
+    dtypes = [torch.float32 if number % 3 else torch.bfloat16 for number in range(500)]
+    gradients = [torch.zeros(number % 5, dtype=dtype).as_subclass(_Weighed) for number, dtype in enumerate(dtypes)]
+    buckets = list(sharding._buckets(gradients))
+    assert _Weighed.times <= len(gradients)
+    for dtype in set(dtypes):
+        own = [bucket for bucket in buckets if bucket[0].dtype == dtype]
+        together = [gradient for bucket in own for gradient in bucket]
+        assert [id(gradient) for gradient in together] == [id(each) for each in gradients if each.dtype == dtype]
+        sizes = [sum(gradient.nbytes for gradient in bucket) for bucket in own]
+        assert all(100 <= size < 100 + 4 * dtype.itemsize for size in sizes[:-1]) and len(sizes) > 1

@@ -179,3 +179,22 @@ def test_a_weight_too_large_for_the_type_leaves_all_as_they_are(tmp_path):
     _, tensors = files(tmp_path / "model")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert _json(tmp_path / "model" / "config.json")["dtype"] == "float32"
+
+
+def _overflowing_in_the_last_file(rank, folder):
+    model = made("llama")
+    with torch.no_grad():
+        model.lm_head.weight[-1, -1] = 1e6
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights._FILE_BYTES = weights._FILE_BYTES_OF_RANK = num_bytes // 6
+    if torch.distributed.get_world_size() > 1:
+        shard_model(Engine(model), device_mesh("shard", "cpu", 2, 2))
+    save_model(model, tiny_tokenizer(), folder / "model", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_of_a_type_that_is_too_small_no_file_is_left(num_ranks, tmp_path):
+    """Half as large, there are fewer of them, under other names."""
+    on_ranks(num_ranks, _overflowing_in_the_last_file, tmp_path)
+    files_there = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
+    assert files_there == set(_json(tmp_path / "model" / weights.INDEX)["weight_map"].values())

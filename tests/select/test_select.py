@@ -1,6 +1,7 @@
 """`preceptor select`: what the base makes of a row against the model's own loss, what is kept, dropped and why."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from conftest import WORDS, conversations
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Message, Rejection
+from preceptor.data.formats import text_files
 from preceptor.data.formats.rows import read_row
 from preceptor.data.formats.values import JsonReader, Struct
 from preceptor.data.sources import OpenSource
+from preceptor.errors import DataError
 from preceptor.select.choice import Settings, choose, explain, summarise
 from preceptor.select.measure import BaseScorer, ModelScores, answers_of
 from preceptor.select.pool import Pool, line_of
@@ -246,6 +249,41 @@ def test_what_the_command_line_cannot_mean(command, write_jsonl, tmp_path):
     assert command(data, "--keep", 1, "--out", out, *without, model=None)[0] == 0
     code, _, error = command(data, "--keep", 1, "--out", out, *without, model=None)
     assert code == 2 and "exists already" in error
+
+
+def test_a_pipe_is_refused_as_the_data_is_read_more_than_once(command, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    code, _, error = command(tmp_path / "pipe.jsonl", "--keep", 1, "--out", tmp_path / "kept.jsonl")
+    assert code == 2 and "pipe.jsonl: is a pipe, which can be read only once: write what it gives to a file" in error
+
+
+def test_the_pass_that_writes_reads_each_file_once_and_says_where_it_changed(write_jsonl, tmp_path, monkeypatch):
+    read, open_text = [], text_files.open_text
+    monkeypatch.setattr(text_files, "open_text", lambda *given: read.append(given) or open_text(*given))
+    files = [write_jsonl(good_rows(6)[start : start + 3], f"{start}.jsonl") for start in (0, 3)]
+    pool, out = Pool(tuple(map(OpenSource, files))), tmp_path / "kept.jsonl"
+    pool.write({1, 5}, out)
+    assert lines_of(out) == [good_rows(6)[k] for k in (1, 5)] and len(read) == 2
+    write_jsonl(good_rows(1), "3.jsonl")
+    with pytest.raises(DataError, match=r"3\.jsonl: the data changed while it was read"):
+        pool.write({1, 5}, out)
+    write_jsonl([{"messages": []}], "0.jsonl")
+    with pytest.raises(DataError, match=r"0\.jsonl:1: the data changed while it was read"):
+        pool.write({0}, out)
+
+
+def test_refusals_are_found_behind_reasoning_and_not_in_it(write_jsonl):
+    no, thought = "I'm sorry, I can't help with that.", "As an AI language model I look at the question first."
+    answers = [{"content": no, "reasoning_content": "Hm."}, {"content": f"<think>\nHm.\n</think>\n\n{no}"}]
+    answers += [{"content": "It is 4.", "reasoning_content": thought}]
+    answers += [{"content": f"<think>\n{thought}\n</think>\n\nIt is 5."}, {"content": "It is 6."}]
+    rows = [
+        {"messages": [{"role": "user", "content": f"{k}?"}, {"role": "assistant", **answer}]}
+        for k, answer in enumerate(answers)
+    ]
+    rows.append({"prompt": "7?", "completion": f"<think>\nHm.\n</think>\n\n{no}"})
+    found = survey(Pool((OpenSource(write_jsonl(rows)),)), None, None)
+    assert [signals.refusal for signals in found.signals] == [1, 1, 0, 0, 0, 1]
 
 
 # Rows written again --------------------------------------------------------------------------------------------------

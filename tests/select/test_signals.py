@@ -33,6 +33,7 @@ FENCED = "Use this:\n```python\nprint((1\n```\nIt prints one."  # brackets in co
 def test_refusals_and_boilerplate(answer, refusal):
     assert text_signals([answer]).refusal == refusal
     assert text_signals([GOOD, answer]).refusal == refusal, "the worst answer counts"
+    assert text_signals([f"I'm sorry. \n{answer}"], [answer]).refusal == refusal, "reasoning does not count"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,22 @@ def test_refusals_and_boilerplate(answer, refusal):
         ("NASA and ESA.", []),
         ("word " * 15, ["no punctuation"]),
         ("It is caf\ufffd.", ["broken characters"]),
+        ("It is cafÃ©.", ["broken characters"]),
+        ("Ã‰tÃ© comme hiver.", ["broken characters"]),
+        ("De lÃ\xa0 on voit tout.", ["broken characters"]),
+        ("ATENÇÃO: isto NÃO é um erro. Fica em SÃO PAULO.", []),
+        ("Amanhã: “AMANHÃ” ou “A MAÇÃ…” ou IRMÃ – tudo certo.", []),
         ("It is one of the", ["an end in mid-sentence"]),
+        ("There are two of them,", ["an end in mid-sentence"]),
+        ("The well-", ["an end in mid-sentence"]),
+        ("SELECT name FROM users WHERE id = 3;", []),
+        ("The grade was a B-", []),
+        ("The ion is Cl-", []),
+        ("One.\n\n---", []),
+        ("ไทย " * 20, []),
+        ("ภาษา " * 20 + "word " * 15, ["no punctuation"]),
+        ("ខ្មែរ " * 20 + "។", []),
+        ("አማርኛ " * 20 + "።", []),
     ],
 )
 def test_flaws_of_form(answer, flaws):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
+from preceptor import files
 from preceptor.errors import CheckpointError
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import Checkpoints, State
@@ -208,3 +209,41 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before(tmp_path):
     state = state_of(seed=4)
     Checkpoints(tmp_path / "checkpoints", "this", 5).restore(state, print)
     same(state, take_steps(state_of(), 2))
+
+
+def test_a_node_that_remembers_that_a_checkpoint_was_not_there_does_not_have_it_written_again(tmp_path):
+    """As over NFS: a name that was looked for before it was written is not there until its folder is read again."""
+
+    def save(rank):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group().with_own_group())
+        state = take_steps(state_of(on_ranks=True), 2)
+        checkpoints.save(state)
+        place = checkpoints.folder / "step-00000002"
+        written = (place / "manifest.json").stat().st_ino
+        if rank == 1:
+            remembers_none_of(place)
+        assert not checkpoints.has(3) and checkpoints.has(2)
+        checkpoints.save(state)
+        assert (place / "manifest.json").stat().st_ino == written
+        if rank == 1:
+            remembers_none_of(place)
+        checkpoints.restore_weights(state, 2)
+
+    on_ranks(2, save)
+
+
+def remembers_none_of(place):
+    """Of this process: the names within a folder are not there, until the folder above is listed."""
+    is_dir, read, iterdir = Path.is_dir, files.read_json, Path.iterdir
+
+    def renewed(folder):
+        if folder == place.parent:
+            Path.is_dir, files.read_json, Path.iterdir = is_dir, read, iterdir
+        return iterdir(folder)
+
+    def not_there(path):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    Path.is_dir = lambda path: path != place and is_dir(path)
+    files.read_json = lambda path: not_there(path) if path.parent == place else read(path)
+    Path.iterdir = renewed

@@ -73,6 +73,13 @@ def test_the_best_model_is_saved_and_the_last_is_kept(overfitting, preceptor, tm
     assert equal(model(folder), model(tmp_path / "short"))
 
 
+def test_a_decay_that_the_warm_up_shortens_is_told(run_file, preceptor):
+    settings = {"train__duration": "3 steps", "optimizer__lr_scheduler": "wsd", "optimizer__warmup": "2 steps"}
+    code, out, error = preceptor("train", run_file(conversations(2), **settings), "optimizer.decay=2 steps")
+    assert code == 0, error
+    assert "optimizer.decay: 1 step, as the warm-up leaves no more; 2 were asked for" in out
+
+
 def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     file, folder = overfitting
     run = config.load(file, ["checkpoint.best=loss", "checkpoint.keep=1"])
@@ -82,6 +89,26 @@ def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     execute(prepare(config.load(file, ["checkpoint.best=loss", f"out={tmp_path}/whole"])), QUIET)
     assert equal(model(folder), model(tmp_path / "whole"))
     assert lines(folder, "eval.jsonl") == lines(tmp_path / "whole", "eval.jsonl")
+
+
+def test_the_best_model_is_saved_later_where_the_last_checkpoint_has_no_room(overfitting, tmp_path, monkeypatch):
+    """Without the states of the optimizer it has."""
+    file, folder = overfitting
+    run, write = config.load(file, ["checkpoint.best=loss"]), checkpoint.Checkpoints._write
+
+    def little_room(self, content, num_bytes, manifest):
+        if manifest["step"] == 12 and any(name.startswith("optimizer.") for name in content):
+            raise CheckpointError("step-00000012: no room")
+        write(self, content, num_bytes, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_write", little_room)
+        with pytest.raises(CheckpointError, match=r"no room\. The training is finished and kept in"):
+            execute(prepare(run), QUIET)
+    execute(prepare(run), QUIET)
+    execute(prepare(config.load(file, ["checkpoint.best=loss", f"out={tmp_path}/whole"])), QUIET)
+    assert json.loads((folder / "summary.json").read_text())["model_step"] < 12
+    assert equal(model(folder), model(tmp_path / "whole"))
 
 
 def test_an_evaluation_whose_step_is_lost_does_not_cost_the_best_checkpoint(overfitting):
@@ -262,6 +289,18 @@ def test_one_step_more_than_may_be_skipped_ends_the_run_also_over_a_kill(run_fil
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_the_steps_before_one_that_is_not_finite_are_not_lost(run_file, tmp_path, broken):
+    file = run_file(checkpoint__every=None)
+    broken(3)
+    with pytest.raises(ModelError, match=r"step 3: .*not finite"):
+        execute(prepare(config.load(file)), QUIET)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    execute(prepare(config.load(file, ["train.max_skipped=1"])), QUIET)
+    execute(prepare(config.load(file, ["train.max_skipped=1", f"out={tmp_path}/whole"])), QUIET)
+    assert ["skipped" in line for line in lines(tmp_path / "run")] == [False, False, True, False]
+    assert equal(model(tmp_path / "run"), model(tmp_path / "whole"))
+
+
 # Files that ask ------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +336,21 @@ def test_a_file_STOP_saves_and_ends_the_run_and_the_same_command_goes_on(run_fil
     code, _, error = preceptor("train", file)
     assert code == 0, error
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_file_STOP_that_is_made_while_a_checkpoint_is_written_is_obeyed(run_file, tmp_path, monkeypatch, preceptor):
+    file, folder, write = run_file(), tmp_path / "run", checkpoint.Checkpoints._write
+
+    def meanwhile(self, content, num_bytes, manifest):
+        if manifest["step"] == 2:
+            (folder / "STOP").touch()
+        write(self, content, num_bytes, manifest)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", meanwhile)
+    when(2, (folder / "SAVE").touch, monkeypatch)
+    code, _, error = preceptor("train", file)
+    assert code == EXIT_CODE and "stopped by the file STOP after step 3" in error
+    assert not (folder / "STOP").exists() and not (folder / "SAVE").exists()
 
 
 # Checkpoints by the clock, and while training goes on ----------------------------------------------------------------

@@ -1,12 +1,16 @@
 """The end of a run on a disk that is full: nothing that was trained is thrown away."""
 
+import io
 import json
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
+from conftest import conversations
 from preceptor import config
 from preceptor.errors import CheckpointError
+from preceptor.files import append_line, write_json
 from preceptor.train import finish
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.finish import require_room, save_at_the_end
@@ -110,3 +114,120 @@ def test_a_finished_training_whose_model_could_not_be_saved_is_finished_by_the_s
     execute(prepare(run), Console(quiet=True))
     assert (tmp_path / "run" / "model").is_dir() and (tmp_path / "run" / "metrics.jsonl").read_text() == lines
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_steps"] == 4
+
+
+# Between the last step and the model ---------------------------------------------------------------------------------
+
+
+def recording():
+    return Console(record=True, width=400, file=io.StringIO())
+
+
+def said(console):
+    return console.export_text(clear=False)
+
+
+NEEDLESS = {
+    "a periodic one": {"checkpoint__every": "4 steps"},
+    "one that a thread writes": {"checkpoint__every": "4 steps", "checkpoint__async_save": True},
+    "one that a thread began to write before": {"checkpoint__every": "3 steps", "checkpoint__async_save": True},
+    "the best": {"checkpoint__best": "loss", "eval__every": "4 steps", "eval_rows": conversations(3)},
+    "one to be lengthened from": {"optimizer__lr_scheduler": "constant", "optimizer__warmup": "0 steps"},
+}
+
+
+@pytest.mark.parametrize("kind", NEEDLESS)
+def test_a_checkpoint_without_room_does_not_cost_a_finished_training_its_model(run_file, tmp_path, monkeypatch, kind):
+    """The checkpoint may take six times the room of the model."""
+    monkeypatch.setattr(Checkpoints, "_write", lambda *_: (_ for _ in ()).throw(FULL))
+    console = recording()
+    execute(prepare(config.load(run_file(**NEEDLESS[kind]))), console)
+    assert (tmp_path / "run" / "model").is_dir() and not list((tmp_path / "run").glob("checkpoints/*"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_steps"] == 4
+    assert said(console).count(f"{FULL}; the training is over, and its model needs no checkpoint") == 1
+
+
+BEFORE_THE_MODEL = {
+    "the outcome": ("preceptor.train.run_folder.write_json", lambda _, value: "outcome" in value),
+    "the samples": (
+        "preceptor.train.evaluations.append_line",
+        lambda path, line: path.name == "samples.jsonl" and line["step"] == 4,
+    ),
+    "the evaluation": (
+        "preceptor.train.evaluations.append_line",
+        lambda path, line: path.name == "eval.jsonl" and line["step"] == 4,
+    ),
+}
+
+
+def failing_while(fails, write):
+    def written(path, value):
+        if fails(path, value):
+            raise FULL
+        write(path, value)
+
+    return written
+
+
+@pytest.mark.parametrize("what", BEFORE_THE_MODEL)
+def test_what_cannot_be_written_after_the_last_step_does_not_cost_the_training(run_file, tmp_path, monkeypatch, what):
+    settings = {"eval_rows": conversations(3), "checkpoint__every": None, "eval__num_samples": 2}
+    settings |= {"eval__every": "4 steps"}
+    run = config.load(run_file(**settings))
+    place, fails = BEFORE_THE_MODEL[what]
+    write = {"write_json": write_json, "append_line": append_line}[place.rpartition(".")[2]]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing_while(fails, write))
+        with pytest.raises(CheckpointError, match="the same command saves the model, without training again"):
+            execute(prepare(run), Console(quiet=True))
+    assert not (tmp_path / "run" / "model").exists()
+    monkeypatch.setattr("preceptor.train.loop.take_step", None)  # no step is taken any more
+    execute(prepare(run), Console(quiet=True))
+    assert (tmp_path / "run" / "model").is_dir()
+
+    def logged(name):
+        return [json.loads(line)["step"] for line in (tmp_path / "run" / name).read_text().splitlines()]
+
+    assert logged("metrics.jsonl") == [1, 2, 3, 4]
+    assert logged("eval.jsonl") == [0, 4] and logged("samples.jsonl") == [0, 0, 4, 4]
+
+
+def test_an_outcome_and_a_checkpoint_without_room_are_tried_again(run_file, tmp_path, monkeypatch):
+    left = [FULL, FULL]
+
+    def fails(_, value):
+        if "outcome" in value and left:
+            raise left.pop()
+
+    monkeypatch.setattr(finish, "_SECONDS", 0.0)
+    monkeypatch.setattr(Checkpoints, "_write", lambda *_: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr("preceptor.train.run_folder.write_json", failing_while(fails, write_json))
+    console = recording()
+    execute(prepare(config.load(run_file(checkpoint__every=None))), console)
+    assert not left and said(console).count("Free some room: tried again for") == 1
+    assert "outcome" in json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_prediction_of_the_memory_cannot_cost_the_model(run_file, tmp_path, monkeypatch):
+    run = config.load(run_file())
+
+    def defect(*_):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("preceptor.train.run.predicted_bytes", defect)
+    with pytest.raises(ValueError, match="a defect"):
+        execute(prepare(run), Console(quiet=True))
+    assert (tmp_path / "run" / "model").is_dir()
+    execute(prepare(run), Console(quiet=True))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_steps"] == 4
+
+
+@pytest.mark.parametrize(("held", "saved"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_room_is_that_of_the_type_in_which_the_model_is_saved(run_file, tmp_path, monkeypatch, held, saved):
+    asked = []
+    monkeypatch.setattr("preceptor.train.run.require_room", lambda _, model_bytes, *__: asked.append(model_bytes))
+    run = config.load(run_file(model__dtype=held, model__save_dtype=saved, checkpoint__every=None))
+    execute(prepare(run), Console(quiet=True))
+    written = load_file(tmp_path / "run" / "model" / "model.safetensors").values()
+    assert asked == [sum(tensor.numel() * tensor.element_size() for tensor in written)]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ConfigError
-from preceptor.train.run_folder import with_start
+from preceptor.train.earlier_run import with_start
 from tiny import tiny_model, tiny_tokenizer
 
 LORA = ("adapter={rank: 2, dropout: 0.1}",)

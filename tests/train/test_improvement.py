@@ -57,6 +57,13 @@ def test_one_example_has_no_interval_and_its_loss_decides():
     assert [line["improvement"]["improves"] for line in lines] == [True, True, False]
 
 
+@pytest.mark.parametrize("first", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_nothing_to_improve_on(first):
+    lines = judged(first, first, 2.0, first, 1.5)
+    assert [line["improvement"]["improves"] for line in lines] == [True, False, True, False, True]
+    assert [line["improvement"]["on_step"] for line in lines] == [None, 0, None, 2, 2]
+
+
 def test_other_held_out_examples_are_no_pair():
     lines = judged(3.0, 2.0)
     line = {"step": 2, "loss": 9.0, "by_example": {"loss": [9.0], "num_tokens": [1]}}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import conversations
+from preceptor.errors import CheckpointError
 from preceptor.train import loop
 from preceptor.train.evaluations import Evaluations
 
@@ -61,6 +62,40 @@ def test_an_error_that_all_have_is_told_once(run_file):
     found = run_command(2, "train", file)
     assert [process.code for process in found] == [3, 3]
     assert "".join(process.shown for process in found).count("error: process ") == 1
+
+
+def test_a_finished_training_is_kept_where_one_process_cannot_write(run_file, tmp_path):
+    """The second one its part of a checkpoint, in a thread; the first one the last evaluation."""
+    file = run_file(eval_rows=conversations(3), checkpoint__every="3 steps", checkpoint__async_save=True)
+
+    def before(rank):
+        from preceptor.train import checkpoint, evaluations
+
+        def failing(write, fails):
+            def written(*arguments):
+                if fails(*arguments):
+                    raise CheckpointError("no room")
+                return write(*arguments)
+
+            return written
+
+        if rank == 1:
+            writer = checkpoint.FileSystemWriter
+            writer.write_data = failing(writer.write_data, lambda own, *_: "step-00000003" in str(own.path))
+        else:
+            append = evaluations.append_line
+            evaluations.append_line = failing(append, lambda file, line: file.stem == "eval" and line["step"] == 4)
+
+    found = run_command(2, "train", file, "eval.every=4 steps", before=before)
+    shown = "".join(process.shown for process in found)
+    assert [process.code for process in found] == [6, 6], shown
+    assert shown.count("no room. The training is finished and kept in") == 1
+    assert "no room; the training is over, and its model needs no checkpoint" in shown
+    found = run_command(2, "train", file, "eval.every=4 steps")
+    assert [process.code for process in found] == [0, 0], found
+    for name, steps in (("metrics", [1, 2, 3, 4]), ("eval", [0, 4])):
+        lines = (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == steps
 
 
 def test_a_killed_process_ends_all_in_time(run_file):

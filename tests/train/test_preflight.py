@@ -1,11 +1,13 @@
 """What cannot work is found before step 1, by name; what can leaves no trace of having been tried."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -18,11 +20,13 @@ from preceptor.model import compiled
 from preceptor.model.attention import cuda, runs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
+from preceptor.model.sharding import device_mesh, shard_model
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import prepare
 from preceptor.train.step import Objective
+from preceptor.world import Silenced
 from runs import execute
 from tiny import branching, chain, tiny_model, tiny_tokenizer
 
@@ -351,3 +355,117 @@ def test_a_sequence_that_does_not_fit_is_not_tried_again_without_the_kernels(ker
     with pytest.raises(ModelError, match=r"largest sequence of the run, \d+ tokens"):
         preflight(tiny_model("llama"), loader(), "float32", lambda _: None, objective=fails_on_largest(fails))
     assert len(tries) == 1 and kernels() == {}
+
+
+@pytest.mark.parametrize("name", ["check_isolation", "check_phases", "_Proofs._isolated", "_Proofs._summed"])
+def test_each_comparison_of_attention_is_tried_again_without_the_kernel(name, kernels, monkeypatch):
+    cuda._in_use.add(cuda.FLEX)
+
+    def proof(*_):
+        if cuda.FLEX not in cuda._given_up:
+            raise ModelError("of other numbers")
+
+    monkeypatch.setattr(f"preceptor.train.preflight.{name}", proof)
+    proved, _ = preflight(tiny_model("llama"), loader(), "float32", lambda _: None)
+    assert not proved.alone and kernels() == {"kernels_given_up": {cuda.FLEX: "ModelError: of other numbers"}}
+
+
+@pytest.mark.parametrize("name", ["check_head", "check_compiled", "check_fused", "accumulate_gradients"])
+def test_a_proof_that_compares_no_attention_is_not_tried_again_without_the_kernels(name, kernels, monkeypatch):
+    """That of the head, of compiled layers or parts, of the largest sequence (of which a loss may be nan)."""
+    cuda._in_use.add(cuda.FLEX)
+    tries = []
+
+    def fails(*_):
+        tries.append(name)
+        raise ModelError("of other numbers")
+
+    monkeypatch.setattr(proofs, "no_compiler", lambda device: None)
+    monkeypatch.setattr(proofs, "check_fused", lambda *_: None)
+    monkeypatch.setattr(proofs, name, fails)
+    model = tiny_model("llama")
+    install(model, "compiled" if name == "check_compiled" else "efficient")
+    with nullcontext() if name == "check_fused" else pytest.raises(ModelError, match="of other numbers"):
+        preflight(model, loader(), "float32", lambda _: None)
+    assert tries == [name] and kernels() == {}
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def prove_spread(world, strategy, fails, in_backward=False):
+    """All proofs of a model on two ranks: its lines about kernels. fails: whether flex does, for how many tokens."""
+    cuda._in_use, cuda._given_up = set(), {}
+    given = Loader(Dataset.of([chain(RNG, (180, 8)), chain(RNG, (8, 130))]), 200, 2, seed=0)
+    assert [sequence.num_tokens for sequence in given.largest_sequences()] == [188, 138]
+    running = []
+
+    def attend(query, key, value, layout, *named):
+        cuda._in_use.add(cuda.FLEX)
+        if query.requires_grad and fails(running[-1]):
+            if not in_backward:
+                raise NoSuchKernel("no space left on device")
+            value = FailsInBackward.apply(value)
+        return runs.attend_runs(query, key, value, layout, *named)
+
+    def loss_of(engine, sequence):
+        running.append(sequence.num_tokens)
+        return engine(sequence)
+
+    runs.fast_path = lambda *_: None if cuda.FLEX in cuda._given_up else attend
+    engine, lines = Engine(tiny_model("llama")), []
+    shard_model(engine, device_mesh(strategy, "cpu", world.size, world.size))
+    preflight(engine.model, given, "float32", lines.append, planted(loss_of), world=world)
+    assert world.gather(world.rank) == [0, 1], "in step to the end"
+    assert lines[-2].startswith("proved: the largest sequences")
+    return running[-2:], [line for line in lines if "switched off" in line]
+
+
+def test_a_process_that_lacks_a_kernel_for_the_second_sequence_stays_in_step():
+    """It proves both without that kernel then, and so do the others, who sum gradients with it."""
+    found = run_ranks(2, lambda world: prove_spread(world, "replicate", lambda tokens: world.rank and tokens < 188))
+    (first, none), (second, (line,)) = found
+    assert first == second == [188, 138] and none == [] and "flex_attention failed" in line
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_sharded_model_goes_on_without_a_kernel_that_fails_in_all_processes(in_backward):
+    for tokens, lines in run_ranks(2, lambda world: prove_spread(world, "shard", lambda tokens: True, in_backward)):
+        assert tokens == [188, 138] and len(lines) == 1
+
+
+def test_of_a_sharded_model_the_error_of_one_process_ends_all(monkeypatch):
+    """Which wait for its weights meanwhile."""
+    monkeypatch.setattr("preceptor.world._ALIKE_SECONDS", 0.3)
+
+    def work(world):
+        with world.errors_told_once():
+            return prove_spread(world, "shard", lambda tokens: world.rank == 1)
+
+    first, second = run_ranks(2, work)
+    assert "no space left on device" in str(second) and isinstance(first, Silenced)
+
+
+@pytest.mark.parametrize(("error", "num_asked"), [(NoSuchKernel("no space left on device"), 1), (ModelError("nan"), 0)])
+def test_the_other_processes_are_waited_for_once(error, num_asked, kernels, monkeypatch):
+    """Also where attention's kernels and compiled parts could each be the cause."""
+
+    class Alone:
+        asked = 0
+
+        def fails_everywhere(self, name):
+            self.asked += 1
+            return False
+
+    def fails(self, sequence):
+        raise error
+
+    cuda._in_use.add(cuda.FLEX)
+    monkeypatch.setattr(proofs, "is_sharded", lambda _: True)
+    monkeypatch.setattr(proofs._Proofs, "_fits", fails)
+    world, engine = Alone(), Engine(tiny_model("llama"))
+    engine.state.optimisations.add("fused")
+    proved = proofs._Proofs(engine, loader(), "float32", print, Objective(), (0, 0), world)
+    with pytest.raises(type(error)):
+        proved._prove_fit(loader().largest_sequences()[0])
+    assert world.asked == num_asked and kernels() == {}

@@ -90,3 +90,25 @@ def test_weight_and_count_of_replayed_sources_count(run_file, write_jsonl):
 
     assert len(replayed()) == 8
     assert len(replayed(count=2)) == 2 and len(replayed(weight=0.5)) == 4
+
+
+def test_other_data_does_not_hide_that_much_of_the_training_data_is_rejected(run_file, write_jsonl):
+    """Each of what is trained and what is replayed is judged by its own share, and so is all of the data."""
+    few = [*conversations(10), *[{"text": ""}] * 2]
+    many = write_jsonl([{"text": f"text number {k}"} for k in range(100)], "many.jsonl")
+    bad = write_jsonl([{"text": f"text number {k}"} for k in range(8)] + [{"text": ""}] * 2, "bad.jsonl")
+    for rows, changes, found in (
+        (few, {"replay": {"data": [{"path": many}]}}, "2 of 12"),
+        (few, {"data__eval": [{"path": many}]}, "2 of 12"),
+        (conversations(90), {"replay": {"data": [{"path": bad}]}}, "2 of 10"),
+        (conversations(5), {"data__eval": [{"path": bad}]}, "2 of 15"),
+    ):
+        with pytest.raises(DataError, match=rf"^{found} examples cannot be trained \(.*\n.*2 x empty_text: first"):
+            prepare(config.load(run_file(rows, data__max_rejected=0.1, **changes)))
+
+
+def test_both_sides_of_the_training_data_are_judged_together(run_file):
+    """Those that are rejected count on the side that is trained, whatever share of the others is held out."""
+    rows = [*conversations(38), *[{"text": ""}] * 2]
+    prepared = prepare(config.load(run_file(rows, data__max_rejected=0.05, data__eval_size=0.5)))
+    assert prepared.num_measured[0] > 5 and len(prepared.rejections) == 2

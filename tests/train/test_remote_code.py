@@ -54,6 +54,8 @@ def test_a_model_with_code_is_asked_evaluated_compared_and_exported(run_file, tm
             assert code == 5 and "--trust-remote-code" in err, f"{name}: a run's folder decides nothing: {err}"
         assert preceptor(name, moved, *options, "--trust-remote-code", stdin=["a user"])[0] == 0, name
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+    code, out, err = preceptor("export", run, "--to", "hf")
+    assert code == 0 and "the data of the run cannot be read here" in out, f"a run's folder decides nothing: {err}"
     assert ", trust_remote_code=True)" in (run / "model/adapter/README.md").read_text()
     merged = ("export", run / "model/adapter", "--to", "hf", "--out", tmp_path / "merged")
     assert preceptor(*merged)[0] == 5

@@ -123,7 +123,43 @@ def test_a_folder_that_is_no_run_is_left_alone(place, replace):
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "model/model.gguf", "checkpoints/mine/state.pt", ".git/HEAD"])
+REFUSED = {
+    "other runs, one half written": ({"a/environment.json": "{}", ".x.partial/model.safetensors": "half"}, ""),
+    "something half written alone": ({".x.partial/model.safetensors": "half"}, ""),
+    "an environment of Python": ({"pyvenv.cfg": "home", ".lock": ""}, ""),
+    "a lock of another program": ({"thesis.txt": "mine", ".lock": '{"pid": 7}', "STOP": ""}, ""),
+    "checkpoints of another program": ({"checkpoints/.a.partial": "half"}, ""),
+    "a finished run": ({".report.html.partial": "half", ".lock": "process 1 on here\n", "STOP": ""}, "finished"),
+    "another run": ({"checkpoints/.step-00000009.partial": "half", "SAVE": ""}, "stopped"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_folder_that_is_refused_is_left_as_it_was(place, kind):
+    """What another process has half written, or a killed one left, too."""
+    files, state = REFUSED[kind]
+    if state:
+        left_by(run_of(train__seed=7 if kind == "another run" else 0), place / "run", state)
+    for name, content in files.items():
+        (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "run" / name).write_text(content)
+    before = contents(place)
+    with pytest.raises(CheckpointError, match=r"is not empty|is finished|holds another run"), claim(run_of()):
+        pass
+    assert contents(place) == before
+
+
+def test_a_run_leaves_what_another_program_has_half_written_in_its_folder(place):
+    left_by(run_of(), place / "run", "stopped")
+    (place / "run" / ".x.partial").write_text("half")
+    with claim(run_of()) as folder:
+        assert folder.goes_on
+    assert (place / "run" / ".x.partial").read_text() == "half"
+
+
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "model/model.gguf", "checkpoints/mine/state.pt", ".git/HEAD", ".x.partial"]
+)
 def test_what_no_run_wrote_keeps_replace_away(place, name):
     left_by(run_of(), place / "run")
     (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)

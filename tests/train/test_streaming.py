@@ -233,6 +233,12 @@ def test_too_many_rejections_later_on_end_the_run_with_its_steps_saved(streamed,
     assert preceptor("train", file, "data.max_rejected=0.5")[0] == 0
 
 
+def test_replayed_data_does_not_hide_that_much_of_the_first_window_is_rejected(streamed, write_jsonl):
+    replay = {"data": [{"path": write_jsonl(conversations(40), "replay.jsonl")}]}
+    with pytest.raises(DataError, match=r"^3 of 5 examples cannot be trained"):
+        prepare(config.load(streamed([*[EMPTY] * 3, *conversations(2)], replay=replay)))
+
+
 def test_a_pipe_is_trained_and_its_end_loses_nothing(streamed, tmp_path, preceptor):
     pipe = tmp_path / "endless.jsonl"
     os.mkfifo(pipe)

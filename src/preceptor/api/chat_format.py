@@ -1,7 +1,7 @@
 """Contexts, targets and labels for programs that train with something else than this package.
 
 >>> from preceptor import collate, load_chat_format
->>> chat = load_chat_format("Qwen/Qwen3-0.6B")
+>>> chat = load_chat_format("scholar")
 >>> conversation = chat.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
 >>> conversation.turns[0].target_text
 'Hello!<|im_end|>'

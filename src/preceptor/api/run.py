@@ -29,9 +29,9 @@ from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json
 from preceptor.inspect.page import make_page
 from preceptor.inspect.show import fitted, show_examples
+from preceptor.train.earlier_run import with_start
 from preceptor.train.loop import Loop, Step
 from preceptor.train.run import Training
-from preceptor.train.run_folder import with_start
 from preceptor.train.session import Session, check_names
 from preceptor.train.signals import EXIT_CODE, Stopped, stop_on_signals
 from preceptor.world import World, num_cores

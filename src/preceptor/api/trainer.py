@@ -5,6 +5,7 @@ named in `notes` and printed, or refused where it would change what is trained.
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,10 +32,10 @@ from preceptor.world import is_launched_first
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
 _INSTEAD = {
-    "push_to_hub": "`preceptor export {out} --to hub --repo OWNER/NAME` uploads the model",
+    "push_to_hub": "`preceptor export {quoted} --to hub --repo OWNER/NAME` uploads the model",
     "create_model_card": "the saved model has one: README.md in {out}/model",
     "add_callback": OF_TRAINER["callbacks"],
-    "predict": "`preceptor eval {out} FILE` answers the prompts of a file",
+    "predict": "`preceptor eval {quoted} FILE` answers the prompts of a file",
 }
 _HAS = (
     "of TRL's trainer there are train, evaluate, save_model, state, args, model and processing_class; trainer.run is "
@@ -244,7 +245,8 @@ class SFTTrainer:
     def __getattr__(self, name: str) -> Any:
         """Raises AttributeError with what to do instead."""
         run = vars(self).get("run")
-        what = _INSTEAD.get(name, _HAS).format(out="OUT" if run is None else run.config.out)
+        out = "OUT" if run is None else str(run.config.out)
+        what = _INSTEAD.get(name, _HAS).format(out=out, quoted=shlex.quote(out))
         raise AttributeError(f"SFTTrainer has no {name}: {what}")
 
     @property

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, count
 from typing import Any, Literal
 
 from preceptor.chat.origins import MessageList, Tools
@@ -73,6 +74,8 @@ class Forms:
         for k, given in enumerate(messages):
             if type(given.get("content")) is not str or given["role"] not in self.texts:
                 given = self._with_content(given)
+            if given.get("tool_calls") == []:  # servers leave it out; to some templates the key alone is a call
+                given = {key: value for key, value in given.items() if key != "tool_calls"}
             if given.get("tool_calls"):
                 calls = [
                     self._call(call, f"messages[{k}].tool_calls[{i}]") for i, call in enumerate(given["tool_calls"])
@@ -103,7 +106,8 @@ class Forms:
     def _call(self, call: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The call with its arguments as an object where the template takes one, else as a string of JSON."""
         inner = call.get("function")
-        function = inner if isinstance(inner, Mapping) else {k: v for k, v in call.items() if k not in ("id", "type")}
+        of_function = ("name", "arguments")
+        function = inner if isinstance(inner, Mapping) else {k: v for k, v in call.items() if k in of_function}
         given = function.get("arguments")
         arguments: Any = arguments_object(given, where)
         if self.string_arguments and not self.object_arguments:
@@ -136,14 +140,17 @@ class _CallIds:
         return made
 
     def _fitted(self, given: Any, name: str) -> Any:
+        """A call's id in the form that the template takes; no two given ids become one."""
         form, number = self._forms.ids, self._num_calls
         if form == "named" and name not in str(given):
             return f"functions.{name}:{number}"
-        if given is None and (form == "nine" or self._forms.needs_ids):
-            return f"call{number:05}"
-        if form == "nine" and not _NINE.fullmatch(str(given)):
-            return re.sub(r"[^A-Za-z0-9]", "", f"{number:09}{given}")[-9:]
-        return given
+        if form != "nine" and (given is not None or not self._forms.needs_ids):
+            return given
+        fits = given is None or _NINE.fullmatch(str(given))
+        ours = given if fits else re.sub(r"[^A-Za-z0-9]", "", f"{number:09}{given}")[-9:]
+        taken = {None, *(id_ for key, (id_, _) in self._calls.items() if key != given)}
+        free = (f"call{n:05}" for n in count(number))
+        return next(id_ for id_ in chain((ours,), free) if id_ not in taken)
 
     def of_result(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         key = given.get("tool_call_id")

@@ -71,6 +71,12 @@ def block_of(content: str, tags: Mapping[str, str] = TAGS, rendered: bool = Fals
     return None
 
 
+def opening_end(text: str, tags: Mapping[str, str]) -> int:
+    """Where the opening tag ends with which an assistant's text begins; 0 if it begins with none."""
+    block = block_of(text, tags)
+    return text.index(block.tag) + len(block.tag) if block is not None and block.opened else 0
+
+
 def runs_of_answer(text: str, tags: Mapping[str, str]) -> list[tuple[str, bool]]:
     """An assistant's text in runs, each with whether it is only text: tags of a block at its start are more."""
     runs: list[tuple[str, bool]] = []

@@ -120,7 +120,7 @@ class Renderer:
 
     def new_counts(self) -> TrainedCounts:
         """Of the conversations that will be trained; none yet."""
-        return TrainedCounts(self.switch, self.template_kwargs)
+        return TrainedCounts(self.switch, self.template_kwargs, self._template)
 
     @cached_property
     def key(self) -> str | None:

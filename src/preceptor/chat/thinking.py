@@ -132,11 +132,13 @@ _MOST_PROMPTS = 20_000  # that are counted one by one; of more, the rarest half 
 class TrainedCounts:
     """Counts of some examples, to which those of others can be added.
 
-    given: `data.chat_template_kwargs`, to which all turns' arguments are added. system_prompts: "" for none.
+    given: `data.chat_template_kwargs`, to which all turns' arguments are added. template: of the run, None
+    where it has none. system_prompts: "" for none.
     """
 
     switch: Switch
     given: Mapping[str, Any]
+    template: Template | None = None
     num_conversations: int = 0
     system_prompts: Counter[str] = field(default_factory=Counter)
     _turns: Counter[tuple[str, bool]] = field(default_factory=Counter)  # by arguments as JSON, whether it has reasoning
@@ -154,10 +156,10 @@ class TrainedCounts:
         self.system_prompts[first.content if first.role in ("system", "developer") else ""] += 1
         self._forget_rare_prompts()
         given = {**self.given, **example.template_kwargs}
-        switched = dict(tree.switched)
+        switched, tags = dict(tree.switched), self.template.reasoning_tags if self.template else {}
         for k in {segment.message for segment in tree.segments if segment.message is not None}:
             arguments = {**given, **self.switch.set_to(switched[k])} if k in switched else given
-            reasons = bool(self.switch.names) and has_reasoning(example.messages[k].given)
+            reasons = bool(self.switch.names) and has_reasoning(example.messages[k].given, tags)
             key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
             self._arguments[key] = arguments
             self._turns[key, reasons] += 1
@@ -188,10 +190,18 @@ class TrainedCounts:
         self._forget_rare_prompts()
 
     def defaults(self) -> dict[str, Any]:
-        """The arguments of the run, and those that all trained turns share."""
+        """The arguments of the run, and those that all trained turns share, which the template reads."""
         first, *others = [*self._arguments.values()] or [{}]
         shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
-        return {**self.given, **shared}
+        return {name: value for name, value in {**self.given, **shared}.items() if name in self._names_read}
+
+    def unread(self) -> list[str]:
+        """The arguments of the run that the template does not read."""
+        return [name for name in self.given if self.template and name not in self._names_read]
+
+    @property
+    def _names_read(self) -> frozenset[str]:
+        return self.template.names_read if self.template else frozenset()
 
     def thinking(self) -> list[dict[str, Any]]:
         """For each setting of the switch and each kind of turn: how many turns. [] without a switch."""
@@ -211,11 +221,15 @@ class TrainedCounts:
         return [{"what": name, "num_examples": count, "first_at": at} for name, (count, at) in self._left_out.items()]
 
 
-def thinking_lines(counts: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:
-    """What `thinking` gives, a sentence each: turns by the switch, and the saved template's defaults."""
+def thinking_lines(
+    counts: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any], unread: Sequence[str] = ()
+) -> list[str]:
+    """What `thinking`, `defaults` and `unread` give, a sentence each: turns by the switch, the saved template."""
     lines = ["; ".join(map(_counted, counts))] if counts else []
     if defaults:
         lines.append(f"the saved chat template has as its defaults: {spelled(defaults)}")
+    for name in unread:
+        lines.append(f"data.chat_template_kwargs.{name} changes nothing: the chat template does not read it")
     return lines
 
 

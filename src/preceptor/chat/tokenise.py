@@ -23,6 +23,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from preceptor.chat.origins import Leaf, Tools, shared_length
+from preceptor.chat.reasoning import opening_end
 from preceptor.chat.words import Words
 from preceptor.data.examples import Message, Rejected
 
@@ -32,6 +33,8 @@ SpecialTokens = Literal["reject", "plain", "allow"]
 _CACHED_IDS = 100_000  # few enough to stay in the processor's cache
 _HUGE = 2**22  # characters in one call of the tokenizer, which takes 150 bytes for each
 _ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where a token would cross from what is before
+_RARE = ("\U0001f9ea", "\u0e01", "\u4e8c")  # characters that a vocabulary without bytes may lack
+_PRIVATE = "\U0010fffd"  # one that it lacks, but its normaliser may drop it
 
 
 class Tokeniser:
@@ -45,7 +48,6 @@ class Tokeniser:
         if self.in_chunks:
             self.words = Words(tokenizer)
         self.cuts_words = self.in_chunks and self.words.pattern is not None
-        self._unknown = tokenizer.unk_token_id
         added = [(token, number) for number, token in tokenizer.added_tokens_decoder.items()]
         self._lstrip = {token.content for token, _ in added if token.lstrip}
         self._rstrip = {token.content for token, _ in added if token.rstrip}
@@ -56,9 +58,12 @@ class Tokeniser:
         )
         self._cache: dict[tuple[str, str], Ids] = {}
         self._num_cached = 0
+        rare = {text: self.whole(text) for text in (*_RARE, _PRIVATE)}
+        unknown = tokenizer.unk_token_id
+        # GPT-2 names its eos as the unknown token, but has bytes for all texts: then it stands only for itself.
+        self._unknown = unknown if any(unknown in ids for ids in rare.values()) else None
         self._drops_characters = any(
-            tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
-            for rare in ("\U0001f9ea", "\u0e01", "\u4e8c")
+            unknown not in rare[text] and text not in tokenizer.decode(rare[text]) for text in _RARE
         )
 
     def whole(self, text: str) -> Ids:
@@ -304,25 +309,35 @@ class SpelledOut:
             self.in_text(as_json(tools), "tools", may_be_plain=False)
         search, found = self.pattern.search, False
         for index, (message, strings) in enumerate(zip(messages, leaves, strict=True)):
-            texts = [leaf.text for leaf in strings if search(leaf.text) is not None]
+            texts = [(leaf.text, leaf.path[0] == "content") for leaf in strings if search(leaf.text) is not None]
             if isinstance(message.given.get("content"), list | Mapping):  # parts that meet; names in a tool's result
-                texts.append(message.content)
+                texts.append((message.content, True))
             calls = message.given.get("tool_calls") or ()
             if not texts and not calls:
                 continue
             own = (*tags, *tags.values()) if message.role == "assistant" else ()
-            where = f"messages[{index}]"
-            for text in texts:
-                found = self.in_text(text, where, own) or found
+            where, rejects = (
+                f"messages[{index}]",
+                self._chosen == "reject",
+            )  # to read it as plain text leaves tags whole
+            for text, is_content in texts:
+                start = opening_end(text, tags) if own and is_content and rejects else 0
+                found = self.in_text(text, where, own, start) or found
             for call in calls:  # names of arguments
                 self.in_text(as_json(call), where, own, may_be_plain=found)
         return found
 
-    def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
-        """Whether the text spells out a token that is to be read as plain text. Raises Rejected."""
+    def in_text(
+        self, text: str, where: str, own: Collection[str] = (), start: int = 0, may_be_plain: bool = True
+    ) -> bool:
+        """Whether the text spells out a token that is to be read as plain text. Raises Rejected.
+
+        own: tokens that may act. start: where an opening tag ends, of which a token may be only a part.
+        """
         if self._chosen == "allow":
             return False
-        found = next((match.group() for match in self.pattern.finditer(text) if match.group() not in own), None)
+        tokens = (match.group() for match in self.pattern.finditer(text) if match.end() > start)
+        found = next((token for token in tokens if token not in own), None)
         if found is None:
             return False
         if self._chosen == "reject" or not may_be_plain:

@@ -269,7 +269,7 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
         if leaf.path[0] == "content":
             code = _content_problem(leaf.text, spelled, turn.tags)
         elif leaf.path[0] in REASONING_FIELDS:
-            code = None if _spells(spelled, leaf.text) else "reasoning_dropped"
+            code = None if _shows_reasoning(turn, leaf.text) else "reasoning_dropped"
         elif leaf.path[0] == "tool_calls":
             code = None if _in_id(turn, leaf, target) else _call_problem(leaf, spelled)
         if code is not None:
@@ -281,6 +281,12 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
         if not _shows(function.get("arguments"), target):
             missing.append(("tool_call_dropped", f"{turn.where}.tool_calls[{place}].function.arguments"))
     return missing
+
+
+def _shows_reasoning(turn: Turn, text: str) -> bool:
+    """Whether F spells it from any field: servers give the same reasoning under two names, templates read one."""
+    fields = (index for index in turn.own if turn.leaves[index].path[0] in REASONING_FIELDS)
+    return any(_spells(turn.full.spelled(index), text) for index in fields)
 
 
 def _spells(spelled: str, *forms: str) -> bool:

@@ -40,6 +40,8 @@ def compare(
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
     if not wanted and not asked:
         raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
+    if out is not None:
+        options.try_folder(out, "compare.json", "items.jsonl")
 
     with options.large_imports():
         from preceptor.compare.compare import EvaluationSuite, write
@@ -56,9 +58,11 @@ def compare(
             say,
         )
     found["settings"]["limit"] = limit
-    if out is not None:
-        write(out, found, items)
-    if as_json:
-        print_json(found)
-    else:
-        print_comparison(found, table_console())
+    try:
+        if as_json:
+            print_json(found)
+        else:
+            print_comparison(found, table_console())
+    finally:  # where one fails, the other is done
+        if out is not None:
+            write(out, found, items)

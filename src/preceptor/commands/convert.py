@@ -1,7 +1,6 @@
 """The command `convert`: a run file from a file of another trainer."""
 
 import copy
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +56,7 @@ def convert(
             say(f"{key}: {why}")
         for key in found.missing:
             say(f"to be filled in: {key}")
-        say(f"written to {run_file}. Next: preceptor check {shlex.quote(str(run_file))}")
+        say(f"written to {run_file}. Next: {errors.command('check', run_file)}")
     if compared is not None:
         say("")
         _shown(compared, as_json)

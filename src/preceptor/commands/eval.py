@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from preceptor import errors
 from preceptor.commands import options
 from preceptor.console import print_json, status_line, table_console
-from preceptor.files import write_json
+from preceptor.files import try_file, write_json
 
 
 def eval(
@@ -34,10 +33,10 @@ def eval(
     """Evaluate a model on tasks. Generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
     from preceptor.evaluate.harness import open_task
 
+    if out is not None:
+        try_file(out)
     options.check_models(model, checkpoints=True)
     wanted = [open_task(path).limited(limit, seed) for path in tasks]
-    if out is not None and not out.parent.is_dir():
-        raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 
     with options.large_imports():
         from preceptor.evaluate.figures import print_evaluation, records, summary
@@ -58,9 +57,11 @@ def eval(
             results = run_task(evaluated, task, max_new_tokens, batch_size)
             found["tasks"].append(summary(task, results, seed))
             items += records(task, results)
-    if out is not None:
-        write_json(out, {**found, "items": items})
-    if as_json:
-        print_json(found)
-    else:
-        print_evaluation(found, table_console())
+    try:
+        if as_json:
+            print_json(found)
+        else:
+            print_evaluation(found, table_console())
+    finally:  # where one fails, the other is done
+        if out is not None:
+            write_json(out, {**found, "items": items})

@@ -1,6 +1,5 @@
 """The command `init`: a first run file for some data."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,8 +43,8 @@ def init(
         with run_file.open("x", encoding="utf-8") as file:
             file.write(text)
     write_json(run_file.parent / _SCHEMA, json_schema())
-    name = shlex.quote(str(run_file))
-    say(f"{text}\n{plan}\n{rejected}\nwritten to {run_file}. Next: preceptor check {name}, then preceptor train {name}")
+    check, train = (errors.command(name, run_file) for name in ("check", "train"))
+    say(f"{text}\n{plan}\n{rejected}\nwritten to {run_file}. Next: {check}, then {train}")
 
 
 def _named_run(
@@ -121,7 +120,7 @@ def _suggested(
     except errors.ModelError as error:
         dry_run = str(error)
     found = suggest(run, lengths, model, sample, device, dry_run, method)
-    text = found.text(_SCHEMA, f"preceptor train {shlex.quote(str(run_file))}")
+    text = found.text(_SCHEMA, errors.command("train", run_file))
     rejected = ""
     if lengths.rejections.num_rejected:
         rejected = (

@@ -8,7 +8,6 @@ import typer
 from preceptor import errors
 from preceptor.commands import options
 from preceptor.console import say, status_line, table_console
-from preceptor.files import writing
 
 if TYPE_CHECKING:
     from preceptor.compare.compare import EvaluationSuite
@@ -69,17 +68,20 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 def _sweep(
     base: str, tuned: str, weight: list[float] | None, out: Path, suite: "EvaluationSuite", dtype: str, device: str
 ) -> None:
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    options.try_folder(out, "sweep.json")
     from preceptor.compare.sweep import WEIGHTS, write
     from preceptor.compare.sweep import sweep as sweep_weights
     from preceptor.compare.text import print_sweep
-    from preceptor.evaluate.model import load_evaluated_model
+    from preceptor.evaluate.model import device_named, load_evaluated_model
     from preceptor.report.tradeoff import draw_plots
 
-    with status_line() as say:
+    device_named(device)  # before the first model is averaged
+    with status_line() as show:
         found = sweep_weights(
-            base, tuned, weight or WEIGHTS, suite, lambda path: load_evaluated_model(path, dtype, device), out, say
+            base, tuned, weight or WEIGHTS, suite, lambda path: load_evaluated_model(path, dtype, device), out, show
         )
-    files = write(out, found, draw_plots(found))
-    print_sweep(found, files, table_console())
+    try:
+        print_sweep(found, table_console())
+    finally:  # where one fails, the other is done
+        files = write(out, found, draw_plots(found))
+    say(f"written: {', '.join(map(str, files))}")

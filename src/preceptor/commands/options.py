@@ -12,6 +12,7 @@ import typer
 
 from preceptor import errors
 from preceptor.console import print_json, say
+from preceptor.files import try_file, writing
 from preceptor.hub import adapter_base, checkpoint_at, resolve_model_path
 
 if TYPE_CHECKING:
@@ -34,12 +35,15 @@ TemplateName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 BaseModel = Annotated[str, typer.Argument(help="The base model: a folder, Hub id or `scholar`.")]
-TunedModel = Annotated[str, typer.Argument(help="The tuned model: a run's folder, or any model or adapter.")]
+TunedModel = Annotated[str, typer.Argument(help="The tuned model: a run's folder, or any model folder or Hub id.")]
 AnyModel = Annotated[
     str, typer.Argument(help="A run's folder, its checkpoint, a model or adapter folder, a Hub id or `scholar`.")
 ]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model or reads its run's data."),
+]
 DeviceName = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="`auto`: the GPU if there is one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items per task, sampled by --seed. Default: all.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at a time.")]
@@ -52,7 +56,7 @@ CHECK_FAILED = 3  # exit code of a check that does not pass, as for data that ca
 def load_run(run_file: Path, overrides: Sequence[str] | None = None) -> "Run":
     """The run of a run file, all of whose files exist. Raises ConfigError, and as `check_names`."""
     from preceptor import config
-    from preceptor.train.run_folder import with_start
+    from preceptor.train.earlier_run import with_start
     from preceptor.train.session import check_names
 
     return check_names(with_start(config.load(run_file, overrides or [])))
@@ -76,6 +80,16 @@ def check_models(*paths: str | None, checkpoints: bool = False) -> None:
     for path in filter(None, paths):
         if not (checkpoints and checkpoint_at(path)):
             adapter_base(resolve_model_path(path, adapters=True))
+
+
+def try_folder(folder: Path, *names: str) -> None:
+    """Make a folder for results. Raises CheckpointError where one of these files cannot be written to it: before the
+    work whose results they are to hold.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        try_file(folder / name)
 
 
 def run_of(

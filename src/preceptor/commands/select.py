@@ -1,6 +1,5 @@
 """The command `select`: which conversations to train on."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from preceptor import errors
 from preceptor.commands.options import AsJson, check_models, print_result
 from preceptor.console import example_progress
-from preceptor.files import writing
+from preceptor.files import try_file
 
 
 def select(
@@ -84,8 +83,7 @@ def _check_files(data: list[str], out: Path, explain: Path | None, replace: bool
             raise errors.ConfigError(f"{name} {file}: there is no folder {file.parent}; make it first")
         if file.exists() and not replace:
             raise errors.ConfigError(f"{name} {file}: exists already; give another name, or --replace")
-        with writing(file), tempfile.TemporaryFile(dir=file.parent):
-            pass  # the folder can be written to
+        try_file(file)
 
 
 def _columns_of(given: list[str]) -> dict[str, str]:

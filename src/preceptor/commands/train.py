@@ -13,7 +13,7 @@ import typer
 
 from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run
 from preceptor.console import lasting_streams, say, standard_console
-from preceptor.errors import ConfigError, ProcessError
+from preceptor.errors import ConfigError, ProcessError, command
 from preceptor.hub import SCHOLAR
 from preceptor.world import COMMAND, World, command_words, num_cores
 
@@ -154,7 +154,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: dict[str, Any], stop: "S
     say(f"done in {session.summary.get('seconds', 0.0):.0f} s; the model is in {run.out}/model")
     if (Path(run.out) / "report.html").is_file():
         say(f"what it did, on one page: {run.out}/report.html")
-    say(f"talk to it: preceptor chat {run.out}/model")
+    say(f"talk to it: {command('chat', f'{run.out}/model')}")
 
 
 def first_line(run: "Run") -> str:

@@ -38,7 +38,7 @@ from preceptor.compare.shift import (
     target_states,
     tuned_tree,
 )
-from preceptor.compare.verdict import sentence, verdict
+from preceptor.compare.verdict import sentence, short_names, verdict
 from preceptor.errors import ModelError
 from preceptor.evaluate.figures import comparison, records
 from preceptor.evaluate.generate import GeneratedAnswer
@@ -46,6 +46,7 @@ from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import ItemResult, evaluation_settings, run_task
 from preceptor.evaluate.tasks import ReferencePrompt, Task
 from preceptor.files import write_json, write_json_lines, writing
+from preceptor.model.loss.linear_cross_entropy import output_head
 
 NUM_SAMPLES = 20
 
@@ -104,12 +105,13 @@ def compare(
         {**comparison(task, ours, theirs, suite.seed), "role": role}
         for (task, role), ours, theirs in zip(suite.tasks, base_results, tuned_results, strict=True)
     ]
+    names = short_names(task.name for task, _ in suite.tasks)
     found = {
         "base": base.name,
         "tuned": tuned_name,
         "settings": settings | {"base_prompt_format": base.prompt_format, "tuned_prompt_format": tuned_prompt_format},
         "verdict": verdict(entries, shift),
-        "tasks": [{**entry, "sentence": sentence(entry)} for entry in entries],
+        "tasks": [{**entry, "sentence": sentence(entry, names[entry["task"]])} for entry in entries],
         "shift": shift,
         "samples": samples,
     }
@@ -145,11 +147,13 @@ def _shift(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of the shift, and samples of both models side by side."""
     say(f"{base.name}: the tuned model's answers")
+    rows, tuned_rows = (head.weight_VD.shape[0] for head in (output_head(base.model), tuned.states.head))
     try:
-        shared = shared_ids(base.chat.tokenizer.get_vocab(), tuned.chat.tokenizer.get_vocab())
+        shared = shared_ids(base.chat.tokenizer.get_vocab(), tuned.chat.tokenizer.get_vocab(), min(rows, tuned_rows))
     except ModelError as error:
         return {"skipped": str(error)}, []
-    trees = [base_tree(each, shared, speller(tuned.chat.tokenizer, base.chat.tokenizer)) for each in tuned.tokens]
+    spell = speller(tuned.chat.tokenizer, base.chat.tokenizer, rows)
+    trees = [base_tree(each, shared, spell) for each in tuned.tokens]
     shift = measure_shift(tuned.tokens, target_states(base, trees), tuned.states, shared)
     figures = shift_figures(shift, tuned.tokens, tuned.chat.tokenizer, suite.seed)
     contexts = [tree.segments[0].ids for tree in trees[:NUM_SAMPLES]]

@@ -65,9 +65,14 @@ class Shift:
     kl_N: np.ndarray
 
 
-def shared_ids(base_vocabulary: Mapping[str, int], tuned_vocabulary: Mapping[str, int]) -> frozenset[int]:
-    """The ids of the same token in both. Raises ModelError if these are less than 90 % of the base's."""
-    shared = frozenset(id_ for token, id_ in base_vocabulary.items() if tuned_vocabulary.get(token) == id_)
+def shared_ids(
+    base_vocabulary: Mapping[str, int], tuned_vocabulary: Mapping[str, int], num_rows: int
+) -> frozenset[int]:
+    """The ids of the same token in both, below `num_rows` of the heads: a tokenizer may have more tokens than rows.
+
+    Raises ModelError if these are less than 90 % of the base's.
+    """
+    shared = frozenset(id_ for token, id_ in base_vocabulary.items() if tuned_vocabulary.get(token) == id_ < num_rows)
     if len(shared) < 0.9 * len(base_vocabulary):
         raise ModelError(
             f"only {len(shared):,} of the base's {len(base_vocabulary):,} tokens are also the tuned model's: the two "
@@ -85,7 +90,8 @@ def base_tree(answer: AnswerTokens, shared: frozenset[int], spell: Callable[[Tok
     context = [ids for _, ids in _runs(answer.context, shared, spell)]
     segments = [Segment("context", tuple(id_ for ids in context for id_ in ids), None)]
     for known, ids in _runs(answer.ids, shared, spell):
-        segments.append(Segment("target" if known else "context", ids, len(segments) - 1))
+        if ids:
+            segments.append(Segment("target" if known else "context", ids, len(segments) - 1))
     return Tree(answer.source, tuple(segments))
 
 
@@ -98,9 +104,14 @@ def _runs(
         yield known, own if known else spell(own)
 
 
-def speller(tuned_tokenizer: Any, base_tokenizer: Any) -> Callable[[TokenIds], TokenIds]:
-    """Tokens of the tuned model -> the base's tokens of their text."""
-    return lambda ids: tuple(base_tokenizer(decode(ids, tuned_tokenizer), add_special_tokens=False)["input_ids"])
+def speller(tuned_tokenizer: Any, base_tokenizer: Any, num_rows: int) -> Callable[[TokenIds], TokenIds]:
+    """Tokens of the tuned model -> the base's tokens of their text, without those for which it has no row."""
+
+    def spell(ids: TokenIds) -> TokenIds:
+        found = base_tokenizer(decode(ids, tuned_tokenizer), add_special_tokens=False)["input_ids"]
+        return tuple(id_ for id_ in found if id_ < num_rows)
+
+    return spell
 
 
 def target_states(evaluated: EvaluatedModel, trees: Sequence[Tree]) -> TargetStates:

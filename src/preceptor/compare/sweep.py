@@ -12,6 +12,7 @@ tokenizer, chat template and added rows. `sweep` returns, and `write` leaves as 
 Differences are paired: the same items before and after. One merged model is on disk and in memory at a time.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from preceptor.compare.compare import EvaluationSuite
-from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.compare.verdict import HEADLINES, short_names
 from preceptor.evaluate.figures import figures, paired
 from preceptor.evaluate.intervals import Interval
 from preceptor.evaluate.model import EvaluatedModel
@@ -58,6 +61,9 @@ def sweep(
             by_weight[weight] = suite.run(evaluated, say)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+        del evaluated
+        gc.collect()
+        torch.cuda.empty_cache()
     tasks = [
         _task(task, role, {weight: results[index] for weight, results in by_weight.items()}, suite.seed)
         for index, (task, role) in enumerate(suite.tasks)
@@ -89,7 +95,8 @@ def _task(task: Task, role: str, by_weight: dict[float, list[ItemResult]], seed:
 
 def verdict(tasks: Sequence[dict[str, Any]]) -> list[str]:
     """For each skill and each tax, the weights that pay less and lose nothing; one sentence each."""
-    return [_sentence(skill, tax) for skill, tax in pairs(tasks)]
+    names = short_names(entry["task"] for entry in tasks)
+    return [_sentence(skill, tax, names) for skill, tax in pairs(tasks)]
 
 
 def pairs(tasks: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -104,22 +111,22 @@ def gain(entry: Mapping[str, Any], point: Mapping[str, Any], end: str) -> Interv
     return Interval(**point[f"from_{end}"]).times(metric.scale * metric.better)
 
 
-def _sentence(skill: dict[str, Any], tax: dict[str, Any]) -> str:
-    names = short_name(skill["task"]), short_name(tax["task"])
+def _sentence(skill: dict[str, Any], tax: dict[str, Any], names: Mapping[str, str]) -> str:
     whole = gain(tax, tax["points"][-1], "base")
     metric = HEADLINES[tax["kind"]]
     if whole.sign >= 0:
-        return f"On {names[1]} the tuned model pays no significant tax"
+        return f"On {names[tax['task']]} the tuned model pays no significant tax"
     free = [
         (kept["weight"], paid)
         for kept, paid in zip(skill["points"][:-1], tax["points"][:-1], strict=True)
         if gain(skill, kept, "tuned").sign >= 0 and gain(tax, paid, "tuned").sign > 0
     ]
-    paid = f"The tuned model pays {-whole.value:.{metric.digits}f} {metric.unit} on {names[1]}"
+    paid = f"The tuned model pays {-whole.value:.{metric.digits}f} {metric.unit} on {names[tax['task']]}"
     if not free:
-        return f"{paid}; no weight pays less without a loss on {names[0]}"
+        return f"{paid}; no weight pays less without a loss on {names[skill['task']]}"
     weight, point = min(free, key=lambda each: each[0])
     left = gain(tax, point, "base")
     return (
-        f"{paid}; a weight of {weight:g} pays {-left.value:.{metric.digits}f}, without a significant loss on {names[0]}"
+        f"{paid}; a weight of {weight:g} pays {-left.value:.{metric.digits}f}, without a significant loss on "
+        f"{names[skill['task']]}"
     )

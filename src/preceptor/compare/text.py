@@ -1,14 +1,13 @@
 """Results of `preceptor compare` and `preceptor merge --sweep` as tables and sentences for the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from preceptor.compare.sweep import gain
-from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.compare.verdict import HEADLINES, short_names
 from preceptor.evaluate.figures import range_text, shown
 from preceptor.evaluate.intervals import Interval
 
@@ -79,20 +78,20 @@ def _positions(entries: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def print_sweep(found: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
+def print_sweep(found: Mapping[str, Any], console: Console) -> None:
     """Print the skill as it is and each tax as the loss against the base, with 95 % intervals in brackets."""
     table = Table(title=f"{found['base']} -> {found['tuned']}, averaged", title_justify="left")
     table.add_column("weight", justify="right")
+    names = short_names(entry["task"] for entry in found["tasks"])
     for entry in found["tasks"]:
         metric = HEADLINES[entry["kind"]]
         unit = metric.value_unit if entry["role"] == "trained" else f"tax, {metric.unit}"
-        table.add_column(f"{short_name(entry['task'])}: {unit}", justify="right", no_wrap=True)
+        table.add_column(f"{names[entry['task']]}: {unit}", justify="right", no_wrap=True)
     for place, point in enumerate(found["tasks"][0]["points"]):
         table.add_row(f"{point['weight']:g}", *(_cell(entry, entry["points"][place]) for entry in found["tasks"]))
     console.print(table)
     for sentence in found["verdict"]:
         console.print(f"{sentence}.", highlight=False)
-    console.print(f"written: {', '.join(map(str, files))}", highlight=False)
 
 
 def _cell(entry: Mapping[str, Any], point: Mapping[str, Any]) -> str:

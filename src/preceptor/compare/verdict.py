@@ -4,11 +4,13 @@ Shares are reported in points (hundredths), texts in bits per byte; ± is half t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from preceptor.evaluate.intervals import Interval
+from preceptor.files import distinct_ends
 
 
 class HeadlineMetric(NamedTuple):
@@ -40,9 +42,21 @@ HEADLINES: Mapping[str, HeadlineMetric] = {
 }
 
 
+_ENDING = re.compile(r"(\.(jsonl|ndjson|json|csv|tsv|parquet|txt|ya?ml))?(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+
+
 def short_name(task: str) -> str:
     """`arithmetic` of scholar:arithmetic, of some/arithmetic.jsonl and of arithmetic.jsonl.gz."""
-    return Path(task.removeprefix("scholar:")).name.partition(".")[0]
+    return _ENDING.sub("", Path(task.removeprefix("scholar:")).name)
+
+
+def short_names(tasks: Iterable[str]) -> dict[str, str]:
+    """The short name of each task, with as many of its folders as are needed to make all distinct."""
+    named = list(dict.fromkeys(tasks))
+    paths = [(*Path(task).parent.parts, short_name(task)) for task in named]
+    if len(set(paths)) < len(named):  # x.jsonl and x.json, scholar:x and x.jsonl
+        paths = [Path(task).parts for task in named]
+    return dict(zip(named, distinct_ends(paths), strict=True))
 
 
 def is_finite(entry: Mapping[str, Any]) -> bool:
@@ -79,9 +93,9 @@ def amount(entry: Mapping[str, Any], signed: bool = False) -> str:
     return f"{shown} ± {half * metric.scale:.{metric.digits}f} {metric.unit}"
 
 
-def sentence(entry: Mapping[str, Any]) -> str:
-    """One task in a sentence, without its full stop."""
-    figures, task = entry["figures"][HEADLINES[entry["kind"]].name], short_name(entry["task"])
+def sentence(entry: Mapping[str, Any], name: str = "") -> str:
+    """One task in a sentence, without its full stop. name: of `short_names`, where there are several tasks."""
+    figures, task = entry["figures"][HEADLINES[entry["kind"]].name], name or short_name(entry["task"])
     if not is_finite(entry):
         return f"no finite figures on {task}"
     num = entry["num_items"]
@@ -101,12 +115,13 @@ def sentence(entry: Mapping[str, Any]) -> str:
 def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None) -> list[str]:
     """The comparison in a few sentences: first what was trained, then the tax, then the shift."""
     sentences = []
+    names = short_names(entry["task"] for entry in tasks)
     trained = [entry for entry in tasks if entry["role"] == "trained"]
     if trained:
-        sentences.append(f"On what was trained: {'; '.join(map(sentence, trained))}.")
+        sentences.append(f"On what was trained: {'; '.join(_told(trained, names))}.")
     outside = [entry for entry in tasks if entry["role"] != "trained"]
     if outside:
-        sentences.append(f"{'Outside it' if trained else 'The tax'}: {_tax(outside)}.")
+        sentences.append(f"{'Outside it' if trained else 'The tax'}: {_tax(outside, names)}.")
     if shift is not None and "shares" in shift:
         shares = {name: own["value"] for name, own in shift["shares"].items()}
         sentences.append(
@@ -117,12 +132,16 @@ def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None)
     return sentences
 
 
-def _tax(entries: Sequence[Mapping[str, Any]]) -> str:
-    broken = [sentence(entry) for entry in entries if not is_finite(entry)]
+def _told(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    return [sentence(entry, names[entry["task"]]) for entry in entries]
+
+
+def _tax(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    broken = [entry for entry in entries if not is_finite(entry)]
     if not (entries := [entry for entry in entries if is_finite(entry)]):
-        return "; ".join(broken)
+        return "; ".join(_told(broken, names))
     lost, same, gained = ([entry for entry in entries if change(entry) == sign] for sign in (-1, 0, 1))
     unseen = "no significant loss" if all(map(tells, entries)) else "no loss that so few items can show"
-    parts = [sentence(entry) for entry in lost] or [unseen]
-    parts += [sentence(entry) for entry in gained] or ["no gain"]
-    return "; ".join([*parts, *map(sentence, same), *broken])
+    parts = _told(lost, names) or [unseen]
+    parts += _told(gained, names) or ["no gain"]
+    return "; ".join([*parts, *_told([*same, *broken], names)])

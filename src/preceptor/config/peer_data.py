@@ -200,6 +200,9 @@ def _place(given: Conversion, key: str, values: dict[str, Any], folder: Path) ->
         elif path is not None and HUB_ID.fullmatch(str(path)) and "://" not in files:
             path = f"hf://datasets/{path}/{files}"
         else:
+            if path is not None and "/" not in str(path) and path not in _READERS:
+                why = f"of the Hub, {files} is at hf://datasets/OWNER/{path}/{files}: write that as the path"
+                given.note(f"{key} path", why)
             path = files
         if _PLAIN.fullmatch(str(values.get("split"))):  # of a file there is only one
             values.pop("split", None)

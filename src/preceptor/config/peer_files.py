@@ -233,10 +233,13 @@ def _command(path: Path, text: str) -> PeerFile:
         if word.startswith("$"):
             unread.append(f"{word}: a variable of the shell")
     launcher, settings = _flags(before, []), _flags(words[launched + 1 :], unread)
-    processes = launcher.get("num_processes", launcher.get("nproc_per_node"))
+    nodes = launcher.get("nnodes", launcher.get("num_nodes", 1))  # of torchrun, deepspeed; accelerate says the whole
+    on_each = launcher.get("nproc_per_node", launcher.get("num_gpus"))
+    processes = launcher.get("num_processes")
+    if processes is None and isinstance(on_each, int):
+        processes = on_each * (nodes if isinstance(nodes, int) else 1)
     if isinstance(processes, int):
-        nodes = launcher.get("nnodes", 1) if "nproc_per_node" in launcher else 1
-        settings["num_processes"] = processes * (nodes if isinstance(nodes, int) else 1)
+        settings["num_processes"] = processes
     peer: Peer = "LLaMA-Factory" if settings.keys() & _SIGNS[2][1] else "TRL"
     place = settings.get("config")
     if isinstance(place, str) and place.endswith((".yaml", ".yml", ".json")):  # what the command says counts

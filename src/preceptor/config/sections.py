@@ -83,8 +83,8 @@ ROW_KEYS = """messages conversations prompt completion response instruction inpu
 # Names that `apply_chat_template` and its render take themselves, so that no server could pass them to a template.
 RESERVED_ARGUMENTS = frozenset(
     """self conversation conversations messages tools chat_template add_generation_prompt continue_final_message
-    tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask
-    tokenizer_kwargs""".split()  # noqa: SIM905
+    tokenize sanitize_control_tokens padding truncation max_length return_tensors return_dict
+    return_assistant_tokens_mask tokenizer_kwargs""".split()  # noqa: SIM905
 )
 
 

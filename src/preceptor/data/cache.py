@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:40]
 
 
-_using: dict[Path, tuple[int, set[str]]] = {}  # by cache: a file that this process locks, the tables that it uses
+_using: dict[Path, tuple[int, set[str]]] = {}  # by cache: a file that this process locks, the keys that it uses
 
 
 class Cache:
@@ -104,21 +104,27 @@ class Cache:
         with suppress(OSError):
             path.unlink()
 
-    def use(self, keys: set[str]) -> None:
-        """Mark tables as used now, and as in use while this process lives."""
-        for key in keys:
+    def use(self, paths: Sequence[Path]) -> None:
+        """Mark tables and portions as used now, and as in use while this process lives, there yet or not."""
+        for path in paths:
             with suppress(OSError):
-                os.utime(self.table_path(key))
+                os.utime(path)
         with suppress(OSError):  # else it is not protected from `preceptor cache prune`
             if self.folder not in _using:
                 place = self.folder / "locks" / f"using-{_who()}.lock"
                 place.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+                try:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.ftruncate(descriptor, 0)  # of an ended process of the same number
+                except OSError:
+                    os.close(descriptor)
+                    raise
                 _using[self.folder] = descriptor, set()
             descriptor, used = _using[self.folder]
-            used.update(keys)
-            os.pwrite(descriptor, "\n".join(sorted(used)).encode(), 0)
+            added = {path.stem for path in paths} - used
+            os.write(descriptor, "".join(f"{key}\n" for key in sorted(added)).encode())
+            used |= added
 
     # Writing
 
@@ -275,7 +281,8 @@ def entries(folder: Path) -> list[CacheEntry]:
         used = building or path.stem in in_use
         found.append(CacheEntry(path.stem, names, last_used, num_bytes, num_trees, used, files, portions))
     for path in left.values():
-        found.append(CacheEntry(path.stem, [], *_used_and_size(path), 0, building, [path], []))
+        used = building or path.stem in in_use
+        found.append(CacheEntry(path.stem, [], *_used_and_size(path), 0, used, [path], []))
     return sorted(found, key=lambda entry: entry.last_used)
 
 
@@ -287,7 +294,7 @@ def prune(folder: Path, older_than_seconds: float | None, max_bytes: int | None)
     there = entries(folder)
     left = sum(entry.num_bytes for entry in there)
     now = time.time()
-    doomed, still_named = [], set()
+    doomed, still_named = [], _in_use(folder)[0]  # a table that goes may name portions that are read without it
     for entry in there:
         old = older_than_seconds is not None and now - entry.last_used > older_than_seconds
         many = max_bytes is not None and left > max_bytes
@@ -303,7 +310,7 @@ def prune(folder: Path, older_than_seconds: float | None, max_bytes: int | None)
 
 
 def _in_use(folder: Path) -> tuple[set[str], bool]:
-    """The tables that living processes use, and whether another process renders into the cache.
+    """The tables and portions that living processes use, and whether another process renders into the cache.
 
     The lists of processes that have ended are removed.
     """

@@ -30,6 +30,9 @@ _UNREAD_KEYS: Mapping[str, str] = {
 }
 """Keys of a message without which it would say something else -> what to do."""
 
+_BESIDE_ARGUMENTS = frozenset({"name", "function", "id", "type", "index"})  # keys of a tool call
+_A_CALL = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -148,6 +151,7 @@ def read_message(raw: object, where: str) -> Message:
         message = Message(given, train=own_weight > 0, weight=own_weight)
         if not (message.content.strip() or message.tool_calls):
             raise Unreadable("empty_answer", f"{where} is an assistant message with neither content nor tool_calls")
+        _check_reasoning(message, where)
         return message
     if train or weight not in (0, 1):
         raise Unreadable(
@@ -169,9 +173,35 @@ def _check_fields(raw: Mapping[str, Any], where: str) -> None:
     calls = raw.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise Unreadable("bad_message", f"{where}.tool_calls must be a list of objects")
+    for index, call in enumerate(calls or ()):
+        _check_call(call, f"{where}.tool_calls[{index}]")
     for key, instead in _UNREAD_KEYS.items():
         if raw.get(key):
             raise Unreadable("unread_field", f"{where}.{key} is not read: {instead}")
+
+
+def _check_reasoning(message: Message, where: str) -> None:
+    """Raises Unreadable for a message that is trained and has two reasonings; the same under two names is one."""
+    texts = {key: (message.given.get(key) or "").strip() for key in REASONING_FIELDS}
+    texts = {key: text for key, text in texts.items() if text}
+    if message.train and len(set(texts.values())) > 1:
+        raise Unreadable("bad_message", f"{where} has {' and '.join(texts)}, and they differ; keep one of them")
+
+
+def _check_call(call: Mapping[str, Any], where: str) -> None:
+    """Raises Unreadable for a tool call without a name, and for one whose arguments stand under another key."""
+    inner = call.get("function")
+    function, at = (inner, f"{where}.function") if isinstance(inner, Mapping) else (call, where)
+    name, arguments = function.get("name"), function.get("arguments")
+    if not (isinstance(name, str) and name.strip()):
+        raise Unreadable("bad_tool_call", f"{at}.name is {short(name)}; write a call as {_A_CALL}")
+    if arguments is not None and not (isinstance(arguments, str) and not arguments.strip()):
+        return
+    for place, of in ((where, call), (at, function)):
+        for key, value in of.items():
+            if value and value is not arguments and key not in _BESIDE_ARGUMENTS:
+                instead = f"and the call has no arguments: write it as {_A_CALL}"
+                raise Unreadable("unread_field", f"{place}.{key} is not read, {instead}")
 
 
 def require_json(value: object, where: str, is_key: bool = False) -> None:

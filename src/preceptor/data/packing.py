@@ -15,7 +15,8 @@ Of more than 200,000 examples, blocks of 100,000 and more are packed, each when 
     all examples, by length    1 2 3 | 4 5 6 | 7 8 9 | ...     strata of as many examples as there are blocks
     an epoch's blocks          2 6 7 ... │ 1 4 9 ... │ 3 5 8 ...     of each stratum one to each block, at random
 
-So all blocks have nearly the same lengths, and the number of sequences that one needs is enough for every other.
+So all blocks have nearly the same lengths, and the number of sequences that one needs is enough for every other. Where
+nearly every example has a sequence to itself, a block that has one example less also has one sequence less.
 """
 
 from collections.abc import Sequence
@@ -88,7 +89,15 @@ class EpochPlans:
             num_rest = len(order_N) % self._num_blocks
             self._rest, self._strata = order_N[:num_rest], order_N[num_rest:].reshape(-1, self._num_blocks)
             self.sequences_per_block = count_sequences(self._longest_N, max_length, seed)
-        self.num_sequences = self._num_blocks * self.sequences_per_block
+        self.num_sequences = int(self._ends(0)[-1])
+
+    def _ends(self, epoch: int) -> np.ndarray:
+        """The number of sequences of an epoch up to the end of each block."""
+        sizes_B = np.full(self._num_blocks, self.sequences_per_block)
+        if self._num_blocks > 1 and self.sequences_per_block > len(self._strata):  # more than others have examples
+            sizes_B -= 1
+            sizes_B[self._drawn(epoch)[1]] += 1
+        return np.cumsum(sizes_B)
 
     @property
     def _longest_N(self) -> np.ndarray:
@@ -99,8 +108,10 @@ class EpochPlans:
     def sequences(self, epoch: int, start: int, end: int) -> list[list[int]]:
         """The sequences `start` to `end` of an epoch, in training order, as indices of examples."""
         found: list[list[int]] = []
+        ends_B = self._ends(epoch)
         while start < end:
-            block, within = divmod(start, self.sequences_per_block)
+            block = int(np.searchsorted(ends_B, start, side="right"))
+            within = start - int(ends_B[block - 1] if block else 0)
             planned = self._block(epoch, block)[within : within + end - start]
             found += planned
             start += len(planned)
@@ -123,15 +134,16 @@ class EpochPlans:
         return rng.permuted(self._strata, axis=1), rng.permutation(self._num_blocks)[: len(self._rest)]
 
     def _plan_of(self, lengths_N: np.ndarray, seed: int | Sequence[int]) -> list[list[int]]:
+        num_sequences = min(self.sequences_per_block, len(lengths_N))
         try:
-            return plan_epoch(lengths_N, self._max_length, self.sequences_per_block, seed)
+            return plan_epoch(lengths_N, self._max_length, num_sequences, seed)
         except ValueError:  # a packing of the longest of each stratum holds every block, example by example
             rng = np.random.default_rng(seed)
             longest_N = self._longest_N
             sequences = best_fit_decreasing(longest_N, self._max_length, rng)
             absent = len(longest_N) - len(lengths_N)  # the first, where the block has none of the rest
             kept = [[rank - absent for rank in sequence if rank >= absent] for sequence in sequences]
-            return _shuffled(_halved([sequence for sequence in kept if sequence], self.sequences_per_block), rng)
+            return _shuffled(_halved([sequence for sequence in kept if sequence], num_sequences), rng)
 
 
 def _checked(lengths: Sequence[int] | np.ndarray, max_length: int) -> np.ndarray:
@@ -213,6 +225,7 @@ def best_fit_decreasing(lengths_N: np.ndarray, max_length: int, rng: np.random.G
 
 def _halved(sequences: list[list[int]], num_sequences: int) -> list[list[int]]:
     """The same examples in `num_sequences` sequences: those of most examples are halved, which adds no token."""
+    assert num_sequences <= sum(map(len, sequences)), "an example cannot be halved"
     while len(sequences) < num_sequences:
         sequences = sorted(sequences, key=len, reverse=True)
         for place in range(min(num_sequences - len(sequences), len(sequences))):

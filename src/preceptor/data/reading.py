@@ -7,7 +7,7 @@ in the middle one or two portions are rendered again. What depends on `max_lengt
 """
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
@@ -53,8 +53,9 @@ def read_trees(
 class SourceReader:
     """Reads the sources of a run, one after the other; what renders is in `fitter`.
 
-    Of all sources so far: their rejections, `formats` (of each file: how many examples have each format), `counts` of
-    what is trained, what was shortened; of those that are held out the examples and how many were rejected.
+    Of all sources so far: the number of examples and the rejections, both also by use (`train`, with its side that is
+    held out, `held out`, `replay`); `formats` (of each file: how many examples have each format), `counts` of what is
+    trained, what was shortened; of those that are held out the examples and how many were rejected.
     """
 
     def __init__(
@@ -66,43 +67,50 @@ class SourceReader:
     ) -> None:
         self._fitter, self._cache, self._num_processes, self._on_example = fitter, cache, num_processes, on_example
         self.rejections: list[Rejection] = []
+        self.num_by_use: Counter[str] = Counter()
+        self.rejected_by_use: defaultdict[str, list[Rejection]] = defaultdict(list)
         self.formats: dict[str, Counter[str]] = {}
         self.counts, self.shortened = fitter.renderer.new_counts(), Shortened()
         self.num_examples = self.num_held_out = self.num_held_out_rejected = 0
 
-    def include(self, tables: Iterable[TableTrees]) -> None:
-        """Count what is trained of these tables."""
+    def _count(self, use: str, num_examples: int, rejections: Sequence[Rejection]) -> None:
+        self.num_examples += num_examples
+        self.num_by_use[use] += num_examples
+        self.rejections += rejections
+        self.rejected_by_use[use] += rejections
+
+    def include(self, tables: Iterable[TableTrees], use: str = "train") -> None:
+        """Count what is trained of these tables. use: `train` or `replay`."""
         for table in tables:
             self.formats.setdefault(table.name, Counter()).update(table.about["formats"])
-            self.num_examples += sum(table.about["formats"].values())
-            self.rejections += table.rejections
+            self._count(use, sum(table.about["formats"].values()), table.rejections)
             self.counts.include(table.about["counts"], table.name)
             self.shortened.add(Shortened(**table.about["shortened"]))
 
     def read_held_out(self, source: OpenSource) -> list[ExampleTree]:
         """The examples of a source that is held out, each with its tree."""
         found: list[ExampleTree] = []
+        use = "held out" if source.side is None else "train"
         self._fitter.shortened = self.shortened
         for entry, fitted in read_trees(source, self._fitter, self._num_processes, self._cache, with_texts=True):
             self.formats.setdefault(entry.table, Counter())[entry.format] += 1
-            self.num_examples += 1
             self.num_held_out += 1
+            self._count(use, 1, [fitted] if isinstance(fitted, Rejection) else [])
             if isinstance(fitted, Rejection):
                 self.num_held_out_rejected += 1
-                self.rejections.append(fitted)
             else:
                 found += fitted
             self._on_example()
         return found
 
-    def read(self, source: OpenSource) -> list[TableTrees]:
-        """The trees of each table of a source that is trained on.
+    def read(self, source: OpenSource, use: str = "train") -> list[TableTrees]:
+        """The trees of each table of a source that is trained on, as `include` counts them.
 
         Several processes may ask at once: one renders, the others wait for it. Raises DataError if a file cannot be
         read.
         """
         found = self._tables(source)
-        self.include(found)
+        self.include(found, use)
         return found
 
     def _tables(self, source: OpenSource) -> list[TableTrees]:
@@ -111,7 +119,7 @@ class SourceReader:
         keys = [key for key in of_tables if key is not None]
         if cache is None or len(keys) < len(of_tables):
             return list(self._built(source, cache, list(zip(source.tables, of_tables, strict=True))))
-        cache.use(set(keys))
+        cache.use([cache.table_path(key) for key in keys])
 
         def look_up() -> list[TableTrees | None]:
             return [TableTrees.cached(table.name, cache, key) for table, key in zip(source.tables, keys, strict=True)]
@@ -224,6 +232,7 @@ def _from_cache_or_rendered(
         for portion in portions:
             contents = hashlib.sha256(b"".join(portion.digests)).hexdigest()
             portion.key = key_of("portion", renderer.key, with_texts, len(portion.digests), contents)
+            cache.use([cache.portion_path(portion.key)])  # also of a table that the cache cannot have
             _look_up(cache, portion)
             yield portion
 

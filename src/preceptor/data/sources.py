@@ -7,6 +7,7 @@ is a DataError.
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -185,7 +186,11 @@ class OpenSource:
 
     def _read(self, table: DataTable) -> Iterator[tuple[str, str | Row]]:
         lines = table.lines() if isinstance(table, TableFile) else None
-        return lines or table.rows(None if self.own else self.keys_read)
+        rows = lines or table.rows(None if self.own else self.keys_read)
+        if self.own is None or not isinstance(table, RecordList):
+            return rows
+        # The function may change its record in place, and these are the program's own.
+        return ((place, deepcopy(row) if isinstance(row, dict) else row) for place, row in rows)
 
     @cached_property
     def keys_read(self) -> frozenset[str]:
@@ -228,11 +233,13 @@ def require_streamable(sources: Iterable[OpenSource]) -> None:
             )
 
 
-def require_no_pipe(sources: Iterable[OpenSource], streaming: bool) -> None:
-    """Raises ConfigError where a pipe is among sources that are read as a whole."""
+def require_no_pipe(sources: Iterable[OpenSource], streaming: bool | None = None) -> None:
+    """Raises ConfigError where a pipe is among sources that are read as a whole. streaming: the setting of a run."""
     for source in sources:
         if source.is_pipe:
-            helps = "only data.train can be streamed" if streaming else "set data.streaming: true"
+            helps = "write what it gives to a file first"
+            if streaming is not None:
+                helps = "only data.train can be streamed" if streaming else "set data.streaming: true"
             raise ConfigError(f"{source.source.path}: is a pipe, which can be read only once: {helps}")
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from preceptor.errors import ModelError, is_out_of_memory
 from preceptor.model.parts import evaluating
 
-_NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or the learning rate was far too high"
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache whose rows can be taken
 _SMALL_BATCH = 8  # below which a step takes hardly less time for fewer answers
@@ -73,7 +73,8 @@ def generate(
     if not contexts:
         return []
     stop = sorted(set(stop_token_ids))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
+    rows = model.get_input_embeddings().weight.shape[0]  # a tokenizer may have more tokens, also its pad token
+    pad = next((id_ for id_ in (tokenizer.pad_token_id, *stop) if id_ is not None and id_ < rows), 0)
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
     answer = _Batches(model, tokenizer, contexts, stop, pad, max_new_tokens, sampling, until, in_step)
     with evaluating(model), _seeded(model, sampling), _own_settings(model):
@@ -124,15 +125,17 @@ class _Batches:
             until = [self.until[index] for index in left] if self.until else []
             early = in_passes and len(left) >= _SMALL_BATCH
             ends = _Ends(self.tokenizer, until, begin, stop_S if early else None)
-            num_left = self.max_new_tokens - num_so_far
+            num_left, finite = self.max_new_tokens - num_so_far, _Finite()
             output = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=_settings(self.model, self.stop, self.pad, num_left, self.sampling),
                 synced_gpus=self.in_step,
                 stopping_criteria=[ends] if until or early else None,
+                logits_processor=[finite],
                 **({} if cache is None else {"past_key_values": cache}),
             )
+            finite.require()
             going = []
             num_so_far = output.sequences.shape[1] - begin
             for row, ids_T in enumerate(output.sequences[:, begin:].tolist()):
@@ -151,10 +154,6 @@ def _fits(answer: Callable[[Sequence[int]], None], batch: Sequence[int]) -> bool
     try:
         answer(batch)
     except (MemoryError, RuntimeError) as error:
-        if _NOT_FINITE in str(error):
-            raise ModelError(
-                "the model's logits are not finite: its weights are damaged, or the learning rate was far too high"
-            ) from error
         if not is_out_of_memory(error):
             raise
         return False
@@ -200,6 +199,27 @@ def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampli
         use_cache=True,
         return_dict_in_generate=True,
     )
+
+
+class _Finite:
+    """A logits processor of transformers: whether the largest logit was finite for each token of each answer.
+
+    Of NaN, the first token of the vocabulary would be the likeliest. Where the largest is not finite, zeros take the
+    place of the logits: from others torch cannot draw.
+    """
+
+    def __init__(self) -> None:
+        self._all: torch.Tensor | None = None  # on the device, so that no step waits for it
+
+    def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        finite_B1 = logits_BV.amax(dim=-1, keepdim=True).isfinite()
+        self._all = finite_B1.all() if self._all is None else self._all & finite_B1.all()
+        return logits_BV.where(finite_B1, 0)
+
+    def require(self) -> None:
+        """Raises ModelError."""
+        if self._all is not None and not self._all:
+            raise ModelError(NOT_FINITE)
 
 
 class _Ends:

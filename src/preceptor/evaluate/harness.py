@@ -28,6 +28,8 @@ _KINDS: Mapping[str, TaskKind] = {
 }
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _PLAIN_FILTERS = ({"function": "take_first"}, {"function": "take_first", "kwargs": None})
+_OWN_RULES = "scored by lm-eval's own rules"
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _PLAIN_METRIC = {"metric", "aggregation", "higher_is_better"}
 
 
@@ -60,6 +62,7 @@ def read_harness_task(path: str) -> Task:
         task = _loaded(path)
         kind = _KINDS.get(str(task.config.output_type))
         items = tuple(_items(path, kind, task))
+        limit = _limit(task) if kind == "generation" else None
     except DataError:
         raise
     except Exception as error:  # whatever lm-eval, datasets or a task's own code raises
@@ -67,7 +70,7 @@ def read_harness_task(path: str) -> Task:
         raise DataError(f"{path}: lm-eval cannot load it: {type(error).__name__}: {what}") from error
     if kind is None or not items:
         raise DataError(f"{path}: it has no items")
-    return Task(path, kind, items)
+    return Task(path, kind, items, max_new_tokens=limit)
 
 
 def _loaded(path: str) -> Any:
@@ -100,10 +103,11 @@ _AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
 def _items(path: str, kind: TaskKind | None, task: Any) -> Iterator[TaskItem]:
     """One item for each document of the split that lm-eval evaluates."""
     config = task.config
-    if kind is None or _has_own_rules(kind, task):
+    why = _OWN_RULES if kind is None else _why_not(kind, task)
+    if kind is None or why:
         raise DataError(
-            f"{path}: {config.output_type}, scored by lm-eval's own rules; run it on the saved model: lm_eval run "
-            f"--model hf --model_args pretrained=RUN/model --tasks {config.task} --apply_chat_template"
+            f"{path}: {config.output_type}, {why}; run it on the saved model: lm_eval run --model hf "
+            f"--model_args pretrained=RUN/model --tasks {config.task} --apply_chat_template"
         )
     for number, doc in enumerate(task.eval_docs, start=1):
         source = f"{path}:{number}"
@@ -125,8 +129,30 @@ def _items(path: str, kind: TaskKind | None, task: Any) -> Iterator[TaskItem]:
         yield TaskItem(source, asked, choices=shown, answer=right, delimiter=str(config.target_delimiter))
 
 
+def _limit(task: Any) -> int | None:
+    """The number of new tokens that the task asks for, under any of lm-eval's names, in its order."""
+    given = task.config.generation_kwargs or {}
+    return next((int(given[name]) for name in _LIMITS if given.get(name) is not None), None)
+
+
+def _is_drawn(task: Any) -> bool:
+    """As lm-eval decides: a temperature alone draws too."""
+    given = task.config.generation_kwargs or {}
+    draws = given.get("do_sample")
+    if draws is None:
+        draws = float(given.get("temperature") or 0) > 0
+    return bool(draws) or (given.get("num_beams") or 1) > 1
+
+
+def _why_not(kind: TaskKind, task: Any) -> str:
+    """Why the figures here would not be the task's own; "" where they are."""
+    if kind == "generation" and _is_drawn(task):
+        return "whose answers are drawn or searched for (generation_kwargs: here they are greedy)"
+    return _OWN_RULES if _has_own_rules(kind, task) else ""
+
+
 def _has_own_rules(kind: TaskKind, task: Any) -> bool:
-    """Whether the figures here would not be the task's own."""
+    """Whether it has a filter, function, metric or option that is not known here."""
     config = task.config
     filters = [step for each in config.filter_list or () for step in each.get("filter", ())]
     if config.process_results or any(step not in _PLAIN_FILTERS for step in filters):

@@ -11,7 +11,7 @@ text without special tokens: it does not depend on the tokenizer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,10 @@ class LabelledTree:
     labels: tuple[TargetLabels | None, ...]
 
 
-def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> list[LabelledTree]:
-    """Label the targets of held-out examples with their turns."""
+def label_targets(
+    examples: Sequence[tuple[Example, Tree]], tokenizer: Any, tags: Mapping[str, str]
+) -> list[LabelledTree]:
+    """Label the targets of held-out examples with their turns. tags: of reasoning, that the template knows."""
     specials = {id_: str(tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(tokenizer)}
     found: list[LabelledTree] = []
     last: Example | None = None
@@ -71,7 +73,7 @@ def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> l
             turn = None
             if isinstance(example, Conversation) and segment.message is not None and not example.is_shortened:
                 turn = sum(message.role == "assistant" for message in example.messages[: segment.message + 1])
-            labels.append(TargetLabels(file, _kinds(example, segment.message), turn, max(0, num_bytes)))
+            labels.append(TargetLabels(file, _kinds(example, segment.message, tags), turn, max(0, num_bytes)))
         found.append(LabelledTree(tree, tuple(labels)))
         last, said = example, (*earlier, *path_ids(tree, len(tree.segments) - 1))[-_LONGEST_CHARACTER - 1 :]
     return found
@@ -82,7 +84,7 @@ def _whole(ids: Sequence[int], tokenizer: Any) -> int:
     return len(decode(ids, tokenizer).rstrip("\ufffd").encode())
 
 
-def _kinds(example: Example, index: int | None) -> tuple[str, ...]:
+def _kinds(example: Example, index: int | None, tags: Mapping[str, str]) -> tuple[str, ...]:
     """index: of the message that the target is."""
     if not isinstance(example, Conversation):
         return ("completion" if isinstance(example, Completion) else "text",)
@@ -90,7 +92,7 @@ def _kinds(example: Example, index: int | None) -> tuple[str, ...]:
     kinds = []
     if example.tools or any(message.tool_calls or message.role == "tool" for message in before):
         kinds.append("tools")
-    if index is not None and has_reasoning(example.messages[index].given):
+    if index is not None and has_reasoning(example.messages[index].given, tags):
         kinds.append("reasoning")
     if any(message.role in ("system", "developer") for message in before):
         kinds.append("system")

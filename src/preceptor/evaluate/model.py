@@ -14,7 +14,7 @@ import torch
 
 from preceptor.chat.format import ChatFormat, learned_positions, load_trained_format
 from preceptor.chat.reasoning import content_text
-from preceptor.errors import DataError, TemplateError
+from preceptor.errors import ConfigError, DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.tasks import TaskPrompt
@@ -86,7 +86,7 @@ class EvaluatedModel:
         if self.max_tokens is not None and len(ids) + num_new > self.max_tokens:
             raise DataError(
                 f"{source}: {len(ids)} tokens and an answer of {num_new} are more than the {self.max_tokens} of the "
-                "model's context; shorten the item, or lower --max-new-tokens"
+                "model's context; shorten the item, or lower --max-new-tokens (of a task of lm-eval: its max_gen_toks)"
             )
         return ids
 
@@ -138,9 +138,9 @@ def load_evaluated_model(
 
     template: as in a run file, or `plain` for none; None: the model's own, plain text if it has none. dtype: `auto` for
     `default_dtype`. trust_remote_code: run the code that comes with the model; its folder alone never decides that.
-    Raises ModelError and TemplateError as `load_trained_format`.
+    Raises ModelError and TemplateError as `load_trained_format`, ConfigError as `device_named`.
     """
-    chat, place = load_trained_format(path, template, trust_remote_code), device_named(device)
+    place, chat = device_named(device), load_trained_format(path, template, trust_remote_code)
     if dtype == "auto":
         folder, revision = place_of(resolve_model_path(path, adapters=True), CONFIG)
         dtype = default_dtype(stored_dtype(folder, trust_remote_code, revision), place)
@@ -149,7 +149,9 @@ def load_evaluated_model(
 
 
 def device_named(device: str) -> torch.device:
-    """`auto`: the GPU, if there is one."""
+    """`auto`: the GPU, if there is one. Raises ConfigError for `cuda` where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use `auto` or `cpu`")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -15,6 +15,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,8 +27,8 @@ from preceptor.chat.origins import shared_length
 from preceptor.chat.tokenise import spans
 from preceptor.config.code import OwnFunction
 from preceptor.data.forest import Segment, Tree
-from preceptor.errors import DataError, short
-from preceptor.evaluate.generate import GeneratedAnswer
+from preceptor.errors import DataError, ModelError, short
+from preceptor.evaluate.generate import NOT_FINITE, GeneratedAnswer
 from preceptor.evaluate.intervals import LEVEL, NUM_RESAMPLES
 from preceptor.evaluate.likelihood import segment_losses
 from preceptor.evaluate.model import EvaluatedModel, TokenIds
@@ -59,9 +60,12 @@ class ItemResult:
 
 
 def run_task(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
-    """One result per item, in order, under the caller's autocast. Raises DataError for an item that does not fit."""
+    """One result per item, in order, under the caller's autocast. Raises DataError for an item that does not fit,
+    ModelError where logits are not finite; the figures of a text are then not finite either. max_new_tokens: where the
+    task has no limit of its own.
+    """
     if task.kind == "generation":
-        return _generate(evaluated, task, max_new_tokens, batch_size)
+        return _generate(evaluated, task, task.max_new_tokens or max_new_tokens, batch_size)
     return _choose(evaluated, task.items) if task.kind == "multiple choice" else _predict(evaluated, task.items)
 
 
@@ -101,7 +105,7 @@ def _scored(item: TaskItem, answer: GeneratedAnswer, own: OwnFunction | None) ->
 def _own_value(item: TaskItem, answer: str, own: OwnFunction) -> float:
     """The number that the user's function gives. Raises DataError for anything else."""
     prompt = _prompt_of(item)
-    asked = {"messages": prompt.messages} if prompt.text is None else {"prompt": prompt.text}
+    asked = {"messages": deepcopy(prompt.messages)} if prompt.text is None else {"prompt": prompt.text}
     example = {"source": item.source, **asked, "accepted": list(item.accepted), "match": item.match, **item.groups}
     try:
         value = float(own.function(answer, example))
@@ -118,6 +122,8 @@ def _choose(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemRe
     results = []
     for item, tree_losses in zip(items, losses, strict=True):
         log_likelihoods = [-own.nats for own in tree_losses[1:]]
+        if not all(map(math.isfinite, log_likelihoods)):  # of which none is the largest
+            raise ModelError(f"{item.source}: {NOT_FINITE}")
         sizes = [max(1, len(choice.encode())) for choice in item.choices]  # of an empty one only its delimiter is read
         per_byte = [value / size for value, size in zip(log_likelihoods, sizes, strict=True)]
         chosen, chosen_norm = (max(range(len(each)), key=each.__getitem__) for each in (log_likelihoods, per_byte))

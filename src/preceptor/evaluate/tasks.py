@@ -148,6 +148,7 @@ class Task:
     kind: TaskKind
     items: tuple[TaskItem, ...]
     own: OwnFunction | None = None  # of an answer and its item: one more figure of a generation task
+    max_new_tokens: int | None = None  # of an answer, whatever the limit of others
 
     def limited(self, num_items: int | None, seed: int = 0) -> "Task":
         """A random sample of at most `num_items`, in the order of the file."""

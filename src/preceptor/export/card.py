@@ -38,7 +38,10 @@ def card(source: ExportSource, proof: Sequence[str], name: str, licence: str | N
     run = source.run
     base = source.base or (None if run is None else str(run.config["model"]["path"]))
     started = "" if run is None else run.environment.get("directory") or ""  # where its relative paths were read
-    is_local = base is not None and Path(started, base).exists()  # a path of this machine says nothing elsewhere
+    recorded = {} if run is None else run.environment.get("model") or {}
+    was_local = recorded.get("path") == base and recorded.get("folder") is not None  # and may be gone
+    # a path of this machine says nothing elsewhere
+    is_local = base is not None and (was_local or Path(started, base).exists())
     about: dict[str, Any] = {
         "base_model": None if is_local else base,
         "library_name": "transformers" if use is None else "peft",

@@ -11,7 +11,7 @@ from preceptor.chat.format import load_trained_format
 from preceptor.errors import CheckpointError, ConfigError, ModelError, first_line
 from preceptor.export.card import card
 from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers, convert, find_converter
-from preceptor.export.ollama import modelfile, turn_format
+from preceptor.export.ollama import TEXT_END, modelfile, turn_format
 from preceptor.export.proof import TrainedTurns, last_logits, prove_folder, prove_gguf, prove_logits, trained_turns
 from preceptor.export.source import ExportSource
 from preceptor.files import read_json, replacing
@@ -52,9 +52,10 @@ def export(source: ExportSource, wanted: Export, say: Callable[[str], None]) -> 
     with replacing(wanted.out) as partial:
         partial.mkdir(parents=True)
         with source.made(partial.parent, say) as made:
-            trained = trained_turns(made)
-            # to the Hub the whole model; the adapter, where its folder was named
-            of_hub = "hf" if made.base is None else "adapter"
+            trained = trained_turns(made, say)
+            # to the Hub the whole model; the adapter, where its own folder was named
+            names_adapter = (Path(made.name).expanduser() / ADAPTER_CONFIG).is_file() and made.base is not None
+            of_hub = "adapter" if names_adapter else "hf"
             proof = _WRITERS[of_hub if wanted.to == "hub" else wanted.to](made, wanted, partial, trained, say)
         if wanted.skip_proof:
             proof = ["nothing was proved (--skip-proof)"]
@@ -129,7 +130,11 @@ def _write_gguf(
         stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_token_ids))
         bos = None if wanted.skip_proof else Vocabulary(folder / GGUF_FILE).bos
         settings = {**read_json(whole / "generation_config.json"), "num_ctx": _num_ctx(source, whole)}
-        text = modelfile(form, GGUF_FILE, bos, stops, settings, _only_system_prompt(source), wanted.licence)
+        system = _only_system_prompt(source)
+        if system and TEXT_END in system:
+            say(f"Modelfile: no SYSTEM, as {TEXT_END} in the system prompt would end it there; send it as a message")
+            system = None
+        text = modelfile(form, GGUF_FILE, bos, stops, settings, system, wanted.licence)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     if whole != source.folder:
         shutil.rmtree(whole)

@@ -15,6 +15,7 @@ from preceptor.errors import TemplateError
 _SYSTEM, _USER, _ANSWER, _LAST = "\u2402system\u2403", "\u2402user\u2403", "\u2402answer\u2403", "\u2402last\u2403"
 _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 _DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of transformers, where it samples; Ollama's are others
+TEXT_END = '"""'  # of a text in a Modelfile, which has no other way to write it
 
 
 @dataclass(frozen=True)

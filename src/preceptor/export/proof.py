@@ -3,7 +3,7 @@
 The contexts and targets of training are read again from the run that made the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,9 @@ from preceptor.errors import ModelError, PreceptorError, counted, first_line
 from preceptor.export.ollama import TurnFormat
 from preceptor.export.source import ExportSource
 from preceptor.inspect.probes import ANSWERS, QUESTIONS, SYSTEM, says
+from preceptor.report.run_record import RunRecord
+from preceptor.train.earlier_run import require_trusted, where_it_started
+from preceptor.train.run_folder import RUN_FILE
 
 NUM_EXAMPLES = 64  # of the run's data; the held-out ones first
 
@@ -56,15 +59,19 @@ class TrainedTurns:
     origin: str
 
 
-def trained_turns(source: ExportSource) -> TrainedTurns:
-    """Turns of the data of the run; of conversations of our own where there is no run, or its data is not here."""
+def trained_turns(source: ExportSource, say: Callable[[str], None]) -> TrainedTurns:
+    """Turns of the data of the run; of conversations of our own where there is no run, or its data is not here.
+
+    say: is told why it is not; that may name paths of this machine, which are not for the card.
+    """
     reason = "no run made this model"
     if source.run is not None:
         try:
-            run = config.Run.model_validate(source.run.config)
-            turns = tuple(_of_run(run))
+            with where_it_started(source.run.folder):
+                turns = tuple(_of_run(source.run, source.trust_remote_code))
         except (PreceptorError, ValidationError) as error:
-            reason = f"the data of the run cannot be read here ({first_line(error)})"
+            reason = "the data of the run cannot be read here"
+            say(f"{reason}: {first_line(error)}")
         else:
             if turns:
                 return TrainedTurns(turns, f"{counted(len(turns), 'turn')} of the run's data")
@@ -74,10 +81,14 @@ def trained_turns(source: ExportSource) -> TrainedTurns:
     return TrainedTurns(own, f"{counted(len(own), 'turn')} of conversations made for this: {reason}")
 
 
-def _of_run(run: config.Run) -> Iterator[TrainedTurn]:
+def _of_run(record: RunRecord, trust_remote_code: bool) -> Iterator[TrainedTurn]:
+    """The folder of a run may be somebody else's: whether Python code is run, its file does not decide."""
+    run = config.Run.model_validate(record.config)
+    require_trusted([*run.data.train, *run.data.eval], record.folder / RUN_FILE, trust_remote_code)
+    model = run.model.model_copy(update={"trust_remote_code": trust_remote_code})
     train, held_out = open_sources(run.data)
     sources = [*held_out, *train]
-    chat = load_chat_format(run.model, run.data, sources)
+    chat = load_chat_format(model, run.data, sources)
     renderer = chat.renderer(run.data)
     is_plain = run.data.special_tokens_in_text == "plain"
     as_plain = [token.content for token in chat.tokenizer.added_tokens_decoder.values()] if is_plain else []

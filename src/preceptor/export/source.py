@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Self
 from preceptor import hub
 from preceptor.errors import ModelError
 from preceptor.report.run_record import RunRecord, read_run
+from preceptor.train.earlier_run import where_it_started
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ class ExportSource:
         place = self.base or model.get("path")
         if place is None:
             return None
+        revision = self.revision if self.base else model.get("revision")
         try:
-            found = hub.resolve_model_path(str(place))
-            revision = self.revision if self.base else model.get("revision")
-            return hub.find_file(found, name) if Path(found).is_dir() else hub.fetch_file(found, name, revision)
+            with where_it_started(self.run.folder) if self.run and not self.base else nullcontext():
+                found = hub.resolve_model_path(str(place))
+                is_here = Path(found).is_dir()
+                file = hub.find_file(found, name) if is_here else hub.fetch_file(found, name, revision)
+                return file and file.absolute()
         except ModelError:
             return None
 

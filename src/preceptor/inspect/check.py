@@ -223,6 +223,7 @@ def to_json(found: Check) -> dict[str, Any]:
         "no_header": found.has_conversations and not found.asks,
         "thinking": found.counts.thinking(),
         "template_defaults": found.counts.defaults(),
+        "unread_template_kwargs": found.counts.unread(),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": _share(num_trained, num_tokens),

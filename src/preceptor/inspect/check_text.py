@@ -37,7 +37,7 @@ def _tokens(found: dict[str, Any]) -> str:
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
     more = str(Shortened(**found["shortened"])).splitlines()
-    more += thinking_lines(found["thinking"], found["template_defaults"])
+    more += thinking_lines(found["thinking"], found["template_defaults"], found["unread_template_kwargs"])
     more += left_out_lines(found["left_out"])
     if found["no_header"]:
         more.append(

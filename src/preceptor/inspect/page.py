@@ -19,7 +19,7 @@ from preceptor.chat.tokenise import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, leaf_path_lengths
 from preceptor.errors import ConfigError
-from preceptor.files import write_atomically
+from preceptor.files import try_file, write_atomically
 from preceptor.inspect.show import FittedExample, notes_of, to_json
 from preceptor.report.skeleton import style_and_script, templates
 
@@ -36,11 +36,14 @@ class ExamplesPage:
 
 
 def check_page_file(file: Path, as_json: bool) -> None:
-    """Raises ConfigError for a name that is not that of an HTML file, so that no data is overwritten by mistake."""
+    """Raises ConfigError for a name that is not that of an HTML file, so that no data is overwritten by mistake;
+    CheckpointError where no file can be written there.
+    """
     if as_json:
         raise ConfigError("--html and --json exclude each other; give one of them")
     if file.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--html {file}: an HTML page is written there; give a name that ends in .html")
+    try_file(file)
 
 
 def write_page(

@@ -17,7 +17,7 @@ from preceptor.config import Source
 from preceptor.console import has_colour, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import leaf_paths
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, require_no_pipe
 from preceptor.errors import first_line
 from preceptor.inspect.emulation import Emulation, PeerTokens
 
@@ -63,7 +63,9 @@ class BothCounts:
 
 def compared(source: Source, rule: Emulation, renderer: Renderer) -> Iterator[BothTokens]:
     """The first COUNTED examples of the data, by both."""
-    pairs = zip(OpenSource(source).examples(), OpenSource(source.path).rows(), strict=False)
+    read, raw = OpenSource(source), OpenSource(source.path)
+    require_no_pipe([read])
+    pairs = zip(read.examples(), raw.rows(), strict=False)
     for example, (_, row) in islice(pairs, COUNTED):
         yield _both(example, row if isinstance(row, Mapping) else {}, rule, renderer)
 

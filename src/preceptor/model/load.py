@@ -195,7 +195,7 @@ def save_model(
     path, world = Path(path), ranks_of(model)
     if any(world.gather(path.exists())):
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
-    num_bytes = saved_bytes(model, adapter)
+    num_bytes = saved_bytes(model, dtype, adapter)
 
     def write() -> None:
         with ExitStack() as stack:
@@ -205,12 +205,20 @@ def save_model(
     world.together(write)
 
 
-def saved_bytes(model: nn.Module, adapter: str = "both") -> int:
-    """What `save_model` writes, about."""
-    weights = [p for p in model.parameters() if adapter != "adapter" or p.requires_grad]
-    layers = quantized_layers(model) if adapter != "adapter" else ()
-    unquantized = sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers)
-    return unquantized + sum(p.numel() * p.element_size() for p in weights)
+def saved_bytes(model: nn.Module, dtype: torch.dtype | None = None, adapter: str = "both") -> int:
+    """What `save_model` writes, about. An adapter's own files hold it as it is."""
+
+    def size(held: torch.dtype) -> int:
+        return (dtype if dtype is not None and held.is_floating_point else held).itemsize
+
+    has_adapter = isinstance(model, PeftModel)
+    own = [p for p in model.parameters() if has_adapter and p.requires_grad]
+    others = [p for p in model.parameters() if not (has_adapter and p.requires_grad)]
+    num_bytes = 0 if adapter == "merged" else sum(p.numel() * p.element_size() for p in own)
+    if has_adapter and adapter == "adapter":
+        return num_bytes
+    unquantized = (layer.in_features * layer.out_features * size(layer.dtype) for layer in quantized_layers(model))
+    return num_bytes + sum(unquantized) + sum(p.numel() * size(p.dtype) for p in others)
 
 
 def _write(

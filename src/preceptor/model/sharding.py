@@ -278,10 +278,11 @@ def sum_gradients(engine: Engine) -> None:
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients of one type that go over the wire together."""
     buckets: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    num_bytes: dict[torch.dtype, int] = defaultdict(int)
     for gradient in gradients:
-        bucket = buckets[gradient.dtype]
-        bucket.append(gradient)
-        if sum(each.numel() * each.element_size() for each in bucket) >= _BUCKET_BYTES:
-            yield bucket
-            del buckets[gradient.dtype]
+        buckets[gradient.dtype].append(gradient)
+        num_bytes[gradient.dtype] += gradient.numel() * gradient.element_size()
+        if num_bytes[gradient.dtype] >= _BUCKET_BYTES:
+            yield buckets.pop(gradient.dtype)
+            del num_bytes[gradient.dtype]
     yield from buckets.values()

@@ -48,8 +48,8 @@ def write_weights(model: nn.Module, merged: PreTrainedModel, folder: Path, dtype
     """Write a model's weights into a folder, an adapter merged into them; all ranks call it alike.
 
     merged: `merged_skeleton(model)`. dtype: what floating-point weights are written in, but for those that transformers
-    keeps in float32; None: as they are held. False where `dtype` cannot hold a weight: what was written is of no use
-    then. Raises CheckpointError on all ranks where one cannot write, or reads back something else than it wrote.
+    keeps in float32; None: as they are held. False where `dtype` cannot hold a weight: no file of weights is left then.
+    Raises CheckpointError on all ranks where one cannot write, or reads back something else than it wrote.
     """
     world = ranks_of(model)
     source = _SavedTensors(model, merged, dtype)
@@ -61,6 +61,7 @@ def write_weights(model: nn.Module, merged: PreTrainedModel, folder: Path, dtype
             for group in groups:
                 own.update(source.gather(group, keep=writer == world.rank))
         if any(world.gather(source.overflowed)):
+            world.together(partial(_remove_files, [folder / name for name in set(written.values())]))
             return False
         place, num = first + world.rank + 1, len(files)
         name = "model.safetensors" if num == 1 else f"model-{place:05d}-of-{num:05d}.safetensors"
@@ -84,6 +85,12 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         _require_read_back(path, contiguous)
+
+
+def _remove_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

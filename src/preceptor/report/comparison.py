@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.compare.verdict import HEADLINES, MARGINAL, SHIFTED, is_finite, short_name
+from preceptor.compare.verdict import HEADLINES, MARGINAL, SHIFTED, is_finite, short_names
 from preceptor.evaluate.intervals import Interval
 from preceptor.report.facts import LabelledRows
 from preceptor.report.plots import Panel, Series, smooth, thin
@@ -73,13 +73,14 @@ def _interval(figure: Mapping[str, Any], unit: float, sign: bool = False) -> str
 
 def _differences(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
     """Tuned minus base by the headline metric of each task, with better to the right."""
+    names = short_names(task["task"] for task in tasks)
     for unit, title in (("points", "Tasks: tuned minus base"), ("bits per byte", "Texts: base minus tuned")):
         lines = []
         for task in filter(is_finite, tasks):
             metric = HEADLINES[task["kind"]]
             if metric.unit == unit:
                 own = Interval(**task["figures"][metric.name]["difference"]).times(metric.better * metric.scale)
-                name = short_name(task["task"])
+                name = names[task["task"]]
                 lines.append((name if len(name) <= 18 else name[:17] + "…", own.value, own.low, own.high))
         if lines:
             note = f"{unit}; right of zero is better than before"

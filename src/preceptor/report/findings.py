@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from preceptor.compare.verdict import change, is_finite, sentence, tells
+from preceptor.compare.verdict import change, is_finite, sentence, short_names, tells
 from preceptor.data.loader import FEW_STEPS, few_steps
 from preceptor.errors import counted
 from preceptor.evaluate.intervals import SHARE, interval
@@ -384,14 +384,15 @@ def _rejected(run: RunRecord) -> Iterator[Finding]:
 def _tax(run: RunRecord) -> Iterator[Finding]:
     """What `preceptor compare` found outside what was trained."""
     tasks = [task for task in run.compare.get("tasks", ()) if is_finite(task)]
+    names = short_names(task["task"] for task in run.compare.get("tasks", ()))
     if broken := [task["task"] for task in run.compare.get("tasks", ()) if not is_finite(task)]:
         seen = f"`preceptor compare` measured figures that are not finite: {', '.join(broken[:_NAMED])}."
         yield Finding("error", seen, "Look at the model's answers: `preceptor chat`.")
     for task in tasks:
         if task["role"] == "trained" and change(task) > 0:
-            yield Finding("good", f"Against the base model it {sentence(task)}.")
+            yield Finding("good", f"Against the base model it {sentence(task, names[task['task']])}.")
     outside = [task for task in tasks if task["role"] != "trained"]
-    losses = "; ".join(sentence(task) for task in outside if change(task) < 0)
+    losses = "; ".join(sentence(task, names[task["task"]]) for task in outside if change(task) < 0)
     if losses:
         advice = "Replay, KL to the base, an adapter or averaging lower it."
         yield Finding("warning", f"An alignment tax: {losses}.", advice)

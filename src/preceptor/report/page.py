@@ -11,7 +11,7 @@ from typing import Any
 from preceptor.config.yaml_text import one_line_yaml
 from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
-from preceptor.files import LIVE, MEMORY, write_atomically
+from preceptor.files import LIVE, MEMORY, distinct_ends, write_atomically
 from preceptor.report import curves, facts
 from preceptor.report.comparison import read_comparison
 from preceptor.report.findings import judge
@@ -106,12 +106,7 @@ def page_of_runs(runs: Sequence[RunRecord]) -> str:
 
 def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
     """The folders' names, with as many parent folders as are needed to make them distinct."""
-    parts = [run.folder.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+    return distinct_ends([run.folder.resolve().parts for run in runs])
 
 
 def repeat_command(run: RunRecord) -> str:

@@ -5,21 +5,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from preceptor.compare.sweep import gain, pairs
-from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.compare.verdict import HEADLINES, short_names
 from preceptor.evaluate.intervals import Interval
 from preceptor.report.plots import Panel, Series, draw_file
 
 
 def draw_plots(found: Mapping[str, Any]) -> dict[str, str]:
     """File name -> SVG, for each pair of a trained task and a task or text that shows the tax."""
-    plots = {}
+    plots: dict[str, str] = {}
+    names = short_names(entry["task"] for entry in found["tasks"])
     for skill, tax in pairs(found["tasks"]):
-        name = f"sweep-{short_name(skill['task'])}-{short_name(tax['task'])}"
-        plots[re.sub(r"[^\w.-]", "_", name) + ".svg"] = draw_file(_panel(skill, tax))
+        skill_name, tax_name = names[skill["task"]], names[tax["task"]]
+        file = re.sub(r"[^\w.-]", "_", f"sweep-{skill_name}-{tax_name}")
+        while f"{file}.svg" in plots:  # of other signs, which are `_` here
+            file += "_"
+        plots[f"{file}.svg"] = draw_file(_panel(skill, tax, skill_name, tax_name))
     return plots
 
 
-def _panel(skill: Mapping[str, Any], tax: Mapping[str, Any]) -> Panel:
+def _panel(skill: Mapping[str, Any], tax: Mapping[str, Any], skill_name: str, tax_name: str) -> Panel:
     paid = [gain(tax, point, "base").times(-1) for point in tax["points"]]
     metric = HEADLINES[skill["kind"]]
     values = [Interval(*(point[key] for key in ("value", "low", "high", "num"))) for point in skill["points"]]
@@ -35,9 +39,9 @@ def _panel(skill: Mapping[str, Any], tax: Mapping[str, Any]) -> Panel:
     )
     return Panel(
         "Skill against tax, by the tuned model's weight",
-        f"{short_name(skill['task'])}, {metric.value_unit}",
+        f"{skill_name}, {metric.value_unit}",
         [series],
-        x_label=f"tax on {short_name(tax['task'])}, {HEADLINES[tax['kind']].unit}",
+        x_label=f"tax on {tax_name}, {HEADLINES[tax['kind']].unit}",
         whole=False,
     )
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from preceptor.chat.reasoning import block_of
 from preceptor.chat.tokenise import bos_ids
 from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree, pack_trees
@@ -74,6 +75,15 @@ def plain_text(message: Message) -> str:
 def answers_of(example: AnsweredExample) -> list[str]:
     """The texts of the answers that training would train."""
     return [answer for _, answer in exchanges_of(example)]
+
+
+def said_in(example: AnsweredExample) -> list[str]:
+    """Of each answer that training would train, what it says: without reasoning and tool calls."""
+    if isinstance(example, Completion):
+        texts = [example.completion]
+    else:
+        texts = [example.messages[k].content for k in trainable_turns(example.messages)]
+    return [text if (block := block_of(text)) is None else block.answer for text in texts]
 
 
 def exchanges_of(example: AnsweredExample) -> list[tuple[str, str]]:

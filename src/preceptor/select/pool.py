@@ -14,7 +14,7 @@ from preceptor.config import Source
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection
 from preceptor.data.formats.rows import read_row
 from preceptor.data.formats.values import JsonReader, Unreadable
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, UnreadRow, require_no_pipe
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import replacing
 
@@ -50,10 +50,14 @@ class Pool:
     def _lines(self, numbers: Collection[int]) -> Iterator[str]:
         number = 0
         for source in self.sources:
-            for (_, row), entry in zip(source.rows(), source.entries(), strict=True):
-                if number in numbers and not isinstance(row, Unreadable):
-                    yield line_of(row, _unchanged(_answered(entry.example)), source.source)
+            for place, row in source.rows():
+                if number in numbers:
+                    example = _unchanged(_answered(UnreadRow("", place, row, source).entry().example))
+                    assert not isinstance(row, Unreadable), "else it is a rejection"
+                    yield line_of(row, example, source.source)
                 number += 1
+        if numbers and max(numbers) >= number:
+            raise _changed(self.sources[-1].source.path)
 
 
 def _answered(example: Example | Rejection) -> AnsweredExample | Rejection:
@@ -68,8 +72,12 @@ def _answered(example: Example | Rejection) -> AnsweredExample | Rejection:
 
 def _unchanged(example: AnsweredExample | Rejection) -> AnsweredExample:
     if isinstance(example, Rejection):
-        raise DataError(f"{example.source}: the data changed while it was read; run the command again")
+        raise _changed(example.source)
     return example
+
+
+def _changed(where: str) -> DataError:
+    return DataError(f"{where}: the data changed while it was read; run the command again")
 
 
 def line_of(row: dict[str, Any], example: AnsweredExample, source: Source) -> str:
@@ -111,10 +119,12 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def open_pool(paths: Sequence[str], columns: dict[str, str], split: str | None) -> Pool:
-    """The pool that a command line names. Raises ConfigError for unknown columns."""
+    """The pool that a command line names. Raises ConfigError for unknown columns, and for a pipe."""
     from pydantic import ValidationError
 
     try:
-        return Pool(tuple(OpenSource(Source(path=path, columns=columns, split=split)) for path in paths))
+        sources = tuple(OpenSource(Source(path=path, columns=columns, split=split)) for path in paths)
     except ValidationError as error:
         raise ConfigError(f"--columns: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    require_no_pipe(sources)
+    return Pool(sources)

@@ -4,7 +4,8 @@ Each signal s lowers the quality by a fault f_s between 0 and 1, times its weigh
 
     quality = prod over s of (1 - w_s * f_s)
 
-    refusal       1 if an answer refuses or speaks of being a language model, 0.5 for filler phrases
+    refusal       1 if an answer, after its reasoning, refuses or speaks of being a language model, 0.5 for filler
+                  phrases
     formatting    0.5 for one flaw, 1 for two
     repetition    repeated four-word sequences from 20 % (0) to 60 % (1), or compression from 4 to 8 times
     length        log of the answers' mean length, from 2 (0) to 4 (1) robust deviations from the pool's median
@@ -56,8 +57,16 @@ _FENCE = re.compile(r"^\s*```.*?^\s*```\s*?$", re.DOTALL | re.MULTILINE)
 _FENCE_LINE = re.compile(r"^\s*```", re.MULTILINE)
 _LIST_MARK = re.compile(r"^\s*\(?\w{1,4}\)", re.MULTILINE)
 _SMILEY = re.compile(r"[:;=8]['’]?-?[()\[\]]")
-_BROKEN = re.compile("\ufffd|Ã.|â€|[\x00-\x08\x0b\x0c\x0e-\x1f]")
-_PUNCTUATION = re.compile(r"[.,;:!?…。、，；：！？।؟]")
+_AFTER = "\x80-\xbf" + bytes(range(0x80, 0xA0)).decode(
+    "cp1252", "ignore"
+)  # the second byte of UTF-8, read as a character
+_BROKEN = re.compile(
+    f"\ufffd|â€|[\x00-\x08\x0b\x0c\x0e-\x1f]|Ã(?![\xa0»…’”–—])[{_AFTER}]|"
+    f"(?<![A-ZÀ-Þ])Ã[{_AFTER}]"  # elsewhere such a character may follow a word in capitals
+)
+_PUNCTUATION = re.compile(r"[.,;:!?…。、，；：！？।॥؟،؛۔։።၊။།។៕]")
+_UNPUNCTUATED = re.compile("[\u0e00-\u0eff]")  # Thai and Lao
+_CUT = re.compile(r"([,(]|(\s|[^\W\d_]{3})-)$")  # not a grade, an ion, a rule of dashes
 _PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 _CAPITAL_LETTERS = 20  # fewer may well be an acronym
@@ -78,9 +87,9 @@ class TextSignals:
     found: tuple[str, ...]  # the findings in words
 
 
-def text_signals(answers: Sequence[str]) -> TextSignals:
-    """The signals of the answers of a conversation, at least one."""
-    refusals, flaws = [_refusal(answer) for answer in answers], [_flaws(answer) for answer in answers]
+def text_signals(answers: Sequence[str], said: Sequence[str] | None = None) -> TextSignals:
+    """The signals of the answers of a conversation, at least one. said: what they say after their reasoning, if any."""
+    refusals, flaws = [_refusal(text) for text in said or answers], [_flaws(answer) for answer in answers]
     worst_refusal, worst_flaws = max(refusals, key=lambda r: r[0]), max(flaws, key=len)
     return TextSignals(
         num_characters=round(sum(map(len, answers)) / len(answers)),
@@ -112,11 +121,12 @@ def _flaws(answer: str) -> list[str]:
     letters = [character for character in prose if character.isupper() or character.islower()]
     if len(letters) >= _CAPITAL_LETTERS and sum(map(str.isupper, letters)) > 0.7 * len(letters):
         flaws.append("capitals only")
-    if len(prose.split()) >= _UNPUNCTUATED_WORDS and not _PUNCTUATION.search(prose):
+    words = [word for word in prose.split() if not _UNPUNCTUATED.search(word)]
+    if len(words) >= _UNPUNCTUATED_WORDS and not _PUNCTUATION.search(prose):
         flaws.append("no punctuation")
     if _BROKEN.search(prose):
         flaws.append("broken characters")
-    if prose.rstrip()[-1:] in (",", ";", "(", "-") or answer.rstrip().endswith((" and", " the", " of", " a", " to")):
+    if _CUT.search(prose.rstrip()) or answer.rstrip().endswith((" and", " the", " of", " a", " to")):
         flaws.append("an end in mid-sentence")
     return flaws
 

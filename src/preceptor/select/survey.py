@@ -15,7 +15,7 @@ import numpy as np
 from preceptor.data.duplicates import NEAR, Fingerprints, repeats
 from preceptor.data.examples import Rejection
 from preceptor.errors import DataError
-from preceptor.select.measure import SCORES, BaseScorer, answers_of
+from preceptor.select.measure import SCORES, BaseScorer, answers_of, said_in
 from preceptor.select.pool import Pool
 from preceptor.select.quality import TextSignals, text_signals
 
@@ -63,7 +63,7 @@ def survey(
             continue
         if model is not None and scores is not None:
             model.score_N[len(signals)], model.embedding_NE[len(signals)] = scores[:-1], scores.embedding_E
-        signals.append(text_signals(answers_of(example)))
+        signals.append(text_signals(answers_of(example), said_in(example)))
         kept[place] = True
     if not signals:
         some = next(iter(rejected.values()))

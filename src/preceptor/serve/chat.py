@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from preceptor.errors import DataError
+from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.tasks import TaskPrompt
 
@@ -19,15 +19,19 @@ class Speaker:
     def reply(self, text: str) -> str:
         """Answer a message, given the conversation so far, and remember both.
 
-        Where the conversation is longer than the model can read, say so and forget the message.
+        Where the conversation is longer than the model can read, or the chat template refuses it, say so and forget
+        the message.
         """
         self.messages.append({"role": "user", "content": text})
         prompt = TaskPrompt(tuple(self.messages if self.model.chat.template is not None else self.messages[-1:]))
         try:
             (answer,) = self.model.generate([self.model.prompt_ids(prompt)], self.max_new_tokens)
-        except DataError as error:
+        except (DataError, TemplateError) as error:
             self.messages.pop()
-            return f"(no answer: {error}; shorten the message, or begin a new conversation with /new)"
+            advice = "shorten the message, or begin a new conversation with /new"
+            if isinstance(error, TemplateError):
+                advice = "/system alone begins a conversation with the system prompt of the training, or none"
+            return f"(no answer: {error}; {advice})"
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer.text if answer.stopped else answer.text + " …"
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, command
 from preceptor.trackers.replay import RunReplay, alone
 
 _EVERY_SECONDS = 5.0
@@ -44,7 +44,7 @@ def followed(
         try:
             process.wait(_LONGEST_WAIT)
         except subprocess.TimeoutExpired:
-            say(f"the trackers are still being sent to; if that ends early: preceptor track {folder}")
+            say(f"the trackers are still being sent to; if that ends early: {command('track', folder)}")
 
 
 def changed_at(folder: Path) -> int:
@@ -91,7 +91,7 @@ def _end(replays: dict[str, RunReplay], folder: Path, say: Callable[[str], None]
             counts = f"{replay.num_steps:,} steps and {replay.num_evaluations:,} evaluations sent"
             say(f"{name}: {counts}{f'; look at it: {replay.where}' if replay.where else ''}")
         else:
-            say(f"{name}: {error}; nothing is lost, this sends the rest: preceptor track {folder} --to {name}")
+            say(f"{name}: {error}; nothing is lost, this sends the rest: {command('track', folder, '--to', name)}")
             good = False
     return good
 

@@ -46,7 +46,7 @@ def announce(
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
-    lines += thinking_lines(prepared.counts.thinking(), prepared.counts.defaults())
+    lines += thinking_lines(prepared.counts.thinking(), prepared.counts.defaults(), prepared.counts.unread())
     lines += left_out_lines(prepared.counts.left_out())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
@@ -57,6 +57,10 @@ def announce(
         lines.append(
             f"optimizer.warmup: {num:,} steps, more than the run has: its learning rate never gets to the peak"
         )
+    decay = run.optimizer.decay.steps(loader.steps_per_epoch, num_steps) if run.optimizer.decay else 0
+    if num <= num_steps < num + decay:
+        left = counted(num_steps - num, "step")
+        lines.append(f"optimizer.decay: {left}, as the warm-up leaves no more; {decay:,} were asked for")
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

@@ -27,12 +27,13 @@ from preceptor.plan.model import read_model
 from preceptor.plan.parameters import count_parameters
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
+from preceptor.train.earlier_run import adapter_to_continue
 from preceptor.train.finish import Say
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import trees_hashes
 from preceptor.train.quantized import quantize_base
-from preceptor.train.run_folder import RunFolder, adapter_to_continue
+from preceptor.train.run_folder import RunFolder
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
 from preceptor.data.loader import Position
-from preceptor.errors import CheckpointError, ModelError, first_line
+from preceptor.errors import CheckpointError, ModelError, command, first_line
 from preceptor.files import (
     Described,
     cannot_write,
@@ -172,7 +172,7 @@ class Checkpoints:
         try:
             self._write(content, num_bytes, manifest)
         except CheckpointError as error:
-            if not is_full(error) or len(self.found()) < 2:
+            if not is_full(error) or len(self.world.first(self.found)) < 2:
                 raise
             self.prune(manifest["step"], keep=1)
             self._write(content, num_bytes, manifest)
@@ -222,15 +222,17 @@ class Checkpoints:
         self.world.first(delete)
 
     def has(self, step: int) -> bool:
-        """Whether there is an undamaged one of this step, on the disk. Each rank looks at its share of the hashes."""
+        """Whether there is an undamaged one of this step, on the disk: the first rank says whether it is there, as it
+        has published it; then each looks at its share of the hashes.
+        """
 
         def look() -> bool:
             try:
-                return self._place(step).is_dir() and bool(self._manifest(self._place(step)))
+                return bool(self._manifest(self._place(step)))
             except CheckpointError:
                 return False
 
-        return all(self.world.together(look))
+        return self.world.first(self._place(step).is_dir) and all(self.world.together(look))
 
     def restore(self, state: State, say: Callable[[str], None]) -> None:
         """Bring `state` to the newest undamaged checkpoint, bit for bit; `say` why newer ones are passed over.
@@ -262,7 +264,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{place}: was saved without the state of the optimizer, as the training was over and its model could "
                 "not be saved; no step can follow it. Run it as it was (train.duration, train.patience), which saves "
-                f"the model, or make a model of it by `preceptor export {place} --to hf`"
+                f"the model, or make a model of it by `{command('export', place, '--to', 'hf')}`"
             )
 
     def restore_weights(self, state: State, step: int) -> None:
@@ -280,6 +282,8 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _manifest(self, place: Path) -> dict[str, Any]:
+        with suppress(OSError):  # a node may remember for a minute (NFS) that this name was not there
+            list(place.parent.iterdir())
         manifest = read_manifest(place, self.world.rank, self.world.size)
         if manifest.get("run") != self.run_id:
             raise CheckpointError(f"{place}: is a checkpoint of another run")

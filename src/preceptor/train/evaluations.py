@@ -64,7 +64,8 @@ class Evaluations:
         held_out, num_samples = prepared.held_out, prepared.run.eval.num_samples
         conversations = [(example, tree) for example, tree in held_out if isinstance(example, Conversation)]
         self.prompts = [first_prompt(example, tree) for example, tree in conversations[:num_samples]]
-        self.held_out, self._tasks = label_targets(held_out, prepared.chat.tokenizer), prepared.tasks
+        tags = prepared.chat.template.reasoning_tags if prepared.chat.template else {}
+        self.held_out, self._tasks = label_targets(held_out, prepared.chat.tokenizer, tags), prepared.tasks
         self._measured_on = {task.name: tasks_sha256([task]) for task in self._tasks}
         self._measured_on |= {"held_out": held_out_sha256(prepared)} if self.held_out else {}
         self._base = _base_figures(prepared, world) if prepared.tasks else None
@@ -101,8 +102,7 @@ class Evaluations:
             line = {"step": state.step, **measured, "measured_on": self._measured_on}
             if patience is not None:
                 line["improvement"] = improvement(self.lines, line, self._sampling.seed)
-            if self._world.is_first:
-                append_line(self._folder / "eval.jsonl", line)
+            self._world.first(lambda: append_line(self._folder / "eval.jsonl", line))
             self.lines.append(line)
             self._say(f"after {counted(state.step, 'step')}: {_shown(measured)}")
 
@@ -132,23 +132,26 @@ class Evaluations:
             evaluated.generate(contexts, self._run.eval.max_new_tokens, sampling=sampling)
             for sampling in (None, self._sampling)
         )
-        if not self._world.is_first:
-            return
-        for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
-            append_line(
-                self._folder / "samples.jsonl",
-                {
-                    "step": step,
-                    "source": prompt.source,
-                    "prompt": prompt.last_message,
-                    "answer": answer.text,
-                    "stopped": answer.stopped,
-                    "sampled": drawn.text,
-                    "sampled_stopped": drawn.stopped,
-                    "temperature": self._sampling.temperature,
-                    "reference": prompt.reference,
-                },
-            )
+        lines = [
+            {
+                "step": step,
+                "source": prompt.source,
+                "prompt": prompt.last_message,
+                "answer": answer.text,
+                "stopped": answer.stopped,
+                "sampled": drawn.text,
+                "sampled_stopped": drawn.stopped,
+                "temperature": self._sampling.temperature,
+                "reference": prompt.reference,
+            }
+            for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True)
+        ]
+
+        def write() -> None:
+            for line in lines:
+                append_line(self._folder / "samples.jsonl", line)
+
+        self._world.first(write)
 
 
 def _kept_figures(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preceptor.errors import CheckpointError, counted
+from preceptor.errors import CheckpointError, command, counted
 from preceptor.files import free_bytes, readable_bytes
 from preceptor.report.page import write_report
 from preceptor.train.run_folder import RunFolder
@@ -33,22 +33,22 @@ def require_room(folder: Path, model_bytes: int, checkpoint_bytes: int, num_chec
 
 
 def save_at_the_end(
-    save_model: Callable[[], None],
+    save: Callable[[], None],
     state: "State",
     checkpoints: "Checkpoints",
     stop: "StopRequest",
     say: Say,
     with_optimizer: bool = False,
 ) -> None:
-    """Save the model of a finished training; where that fails, a checkpoint, from which the same command saves it.
+    """Save the model of a finished training, or what precedes it; where that fails, a checkpoint for the same command.
 
     with_optimizer: of a training that the program ended, so that its last steps may follow.
     Where there is no room for either, older checkpoints are deleted, and both are tried again for ten minutes. Raises
-    CheckpointError where the model could not be saved, with what is kept and what to do.
+    CheckpointError where that could not be done, with what is kept and what to do.
     """
     for attempt in range(_ATTEMPTS):
         try:
-            save_model()
+            save()
             return
         except Exception as error:  # whatever it is, the training is over and must be kept
             reason = str(error) or type(error).__name__
@@ -90,5 +90,5 @@ def report_safely(folder: Path, say: Say) -> None:
     except Exception as error:
         say(
             f"the report could not be written ({type(error).__name__}: {error}); the run itself is complete. "
-            f"Try `preceptor report {folder}`"
+            f"Try `{command('report', folder)}`"
         )

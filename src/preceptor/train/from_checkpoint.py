@@ -1,6 +1,5 @@
 """A checkpoint of a run as a model: asked and evaluated, or saved as the run would save it."""
 
-import contextlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from preceptor.model.held import leave_plain
 from preceptor.model.load import save_model
 from preceptor.train.build import build_model, saved_dtype
 from preceptor.train.checkpoint import Checkpoints, State
+from preceptor.train.earlier_run import require_trusted, where_it_started
 from preceptor.train.prepare import Prepared, prepare
 from preceptor.train.run_folder import RUN_FILE, record_of
 
@@ -30,7 +30,7 @@ def open_model(
     if checkpoint is None:
         return load_evaluated_model(path, dtype, device, template, trust_remote_code)
     place = device_named(device)
-    with _where_it_started(checkpoint):
+    with where_it_started(checkpoint.parent.parent):
         model, prepared = restored(checkpoint, place, trust_remote_code)
         saved = saved_dtype(prepared.run.model)
     if hasattr(model, "peft_config"):
@@ -51,17 +51,9 @@ def open_model(
 def save_checkpoint(checkpoint: Path, folder: Path, trust_remote_code: bool = False) -> None:
     """Write the model of a checkpoint to a folder, as its run would save it: with an adapter, both."""
     folder = folder.absolute()
-    with _where_it_started(checkpoint):
+    with where_it_started(checkpoint.parent.parent):
         model, prepared = restored(checkpoint, torch.device("cpu"), trust_remote_code)
         save_model(model, prepared.chat.tokenizer, folder, dtype=saved_dtype(prepared.run.model))
-
-
-def _where_it_started(checkpoint: Path) -> contextlib.AbstractContextManager[None]:
-    """Inside, relative paths of the run file mean what they meant where training was started, if that folder exists."""
-    directory = record_of(checkpoint.parent.parent).get("directory")
-    if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
-        return contextlib.chdir(directory)
-    return contextlib.nullcontext()
 
 
 def restored(checkpoint: Path, device: torch.device, trust_remote_code: bool) -> tuple[Any, Prepared]:
@@ -97,8 +89,7 @@ def _run_of(file: Path, trust_remote_code: bool) -> config.Run:
             f"{file}: a checkpoint is opened with its run's data and model, which a Python program held: finish the "
             "run and use its model"
         )
-    if any(source.code for source in sources) and not trust_remote_code:
-        raise ModelError(f"{file}: its data is read by Python code (`code`). Read it; then --trust-remote-code runs it")
+    require_trusted(sources, file, trust_remote_code)
     unquantized = {"quantization": None, "double_quantization": None}
     model = run.model.model_copy(update={"trust_remote_code": trust_remote_code, **unquantized})
     evaluation = run.eval.model_copy(update={"tasks": [], "code": None})

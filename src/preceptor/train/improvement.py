@@ -22,7 +22,11 @@ _LOWER_IS_BETTER = ("loss", "bits_per_byte")
 def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dict[str, Any]:
     """What the line after `lines` gets: whether it improves, on which step, and by how much."""
     own_lines = _measured_on_the_same([*lines, line], "held_out")[:-1]
-    before = next((own for own in reversed(own_lines) if own.get("improvement", {}).get("improves")), None)
+    improved = [own for own in own_lines if own.get("improvement", {}).get("improves")]
+    finite = [own for own in improved if _is_finite(own)]
+    if improved and not _is_finite(line):
+        return {"improves": False, "on_step": (finite or improved)[-1]["step"]}
+    before = finite[-1] if finite else None
     if before is None or len(before["by_example"]["loss"]) != len(line["by_example"]["loss"]):
         return {"improves": True, "on_step": None}  # the first, or other held-out examples than before
     old, new = before["by_example"], line["by_example"]
@@ -30,6 +34,10 @@ def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dic
     improves = found.value < 0 if found.high is None else found.high < 0
     interval = {"difference": found.value, "low": found.low, "high": found.high}
     return {"improves": improves, "on_step": before["step"], **interval}
+
+
+def _is_finite(line: Evaluation) -> bool:
+    return all(math.isfinite(loss) for loss in line["by_example"]["loss"])
 
 
 def num_without_improvement(lines: Sequence[Evaluation]) -> int:

@@ -25,9 +25,10 @@ _guard = threading.Lock()
 
 
 @contextmanager
-def locked(folder: Path, out: str) -> Iterator[list[str]]:
+def locked(folder: Path, out: str, look: Callable[[], None] = lambda: None) -> Iterator[list[str]]:
     """Hold OUT/.lock; afterwards it is removed, and what was made for it where that is still empty.
 
+    look: called when it is held, before anything is written. Where it raises, a file of that name that was there stays.
     It is a record lock: processes that are forked to render the data do not inherit it, so that it ends with this
     process, whatever becomes of them. The value is a list of what the user should know.
     """
@@ -35,13 +36,15 @@ def locked(folder: Path, out: str) -> Iterator[list[str]]:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{out}: is a file; choose another `out`")
     with _alone_in_process(folder, out):
-        descriptor, notes = _lock(folder, out)
         try:
-            yield notes
+            descriptor, notes = _lock(folder, out, look)
+            try:
+                yield notes
+            finally:
+                with suppress(OSError):
+                    (folder / LOCK).unlink(missing_ok=True)
+                os.close(descriptor)
         finally:
-            with suppress(OSError):
-                (folder / LOCK).unlink(missing_ok=True)
-            os.close(descriptor)
             with suppress(OSError):  # the first that is not empty
                 for place in made:
                     place.rmdir()
@@ -65,11 +68,12 @@ def _alone_in_process(folder: Path, out: str) -> Iterator[None]:
             _held.discard(place)
 
 
-def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
-    """Raises CheckpointError where another process holds the lock, or it cannot be written."""
+def _lock(folder: Path, out: str, look: Callable[[], None]) -> tuple[int, list[str]]:
+    """Raises CheckpointError where another process holds the lock, or it cannot be written; and as `look`."""
     while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            was_there = (folder / LOCK).exists()
             try:
                 descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # another process has just removed the folder
@@ -89,11 +93,13 @@ def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
             is_same = False
         if is_same:  # else its holder removed it when it ended, and it protects nothing
             try:
+                look()
                 with writing(folder):
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, f"{holder_name()}\n".encode())
-            except CheckpointError:
-                (folder / LOCK).unlink(missing_ok=True)
+            except BaseException:
+                if not was_there:
+                    (folder / LOCK).unlink(missing_ok=True)
                 os.close(descriptor)
                 raise
             with suppress(OSError):

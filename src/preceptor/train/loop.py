@@ -1,7 +1,8 @@
 """The training loop: a generator of optimizer steps, each recorded; evaluations and checkpoints when they are due."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,15 +10,16 @@ from preceptor import config
 from preceptor.console import Display
 from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import DataError, StreamError
+from preceptor.errors import CheckpointError, DataError, ModelError, StreamError
 from preceptor.files import append_line
 from preceptor.model.adapters.folder import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
 from preceptor.train.checkpoint import Checkpoints, State
+from preceptor.train.differences import may_be_lengthened
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.improvement import best_of, stopped_early
 from preceptor.train.optimizer import schedule
-from preceptor.train.run_folder import RunFolder
+from preceptor.train.run_folder import STOP_FILE, RunFolder
 from preceptor.train.signals import Stopped, StopRequest
 from preceptor.train.step import NotFiniteError, Objective, StepLosses, peak_memory_bytes, skip_step, take_step
 from preceptor.world import ONE, World
@@ -63,7 +65,10 @@ class Step:
 
 @dataclass
 class Loop:
-    """Trains `state` to the end of the run, a step at a time. ends: set by `end`."""
+    """Trains `state` to the end of the run, a step at a time.
+
+    ends: set by `end`. unrecorded: why the evaluation after the last step could not be written.
+    """
 
     run: config.Run
     objective: Objective
@@ -76,6 +81,7 @@ class Loop:
     stop: StopRequest
     world: World = ONE
     ends: bool = False
+    unrecorded: CheckpointError | None = None
 
     def __post_init__(self) -> None:
         self._unmoved_unknown = self.run.adapter is not None and self.state.step == 0
@@ -88,8 +94,9 @@ class Loop:
     def steps(self) -> Generator[Step]:
         """Each step when it was taken and recorded. Whoever asks may evaluate, save and end meanwhile.
 
-        Raises ModelError as `skip_step`, `require_finite`; Stopped and StreamError, with all steps saved, and so of one
-        process DataError. Closed early, it saves as if it were stopped.
+        Raises ModelError as `require_finite`; Stopped, StreamError and ModelError as `skip_step`, with all steps saved,
+        and so of one process DataError. Closed early, it saves as if it were stopped. Of a training that is over, no
+        evaluation or checkpoint that cannot be written is raised: its model comes first.
         """
         run, state, per_epoch, total = self.run, self.state, self.loader.steps_per_epoch, self.num_steps
         learning_rates = schedule(run.optimizer, per_epoch, total)
@@ -103,26 +110,42 @@ class Loop:
                 self.display.step(step.line())
                 if unmoved := without_gradient(step.without_gradient):
                     self.display.say(unmoved)
-                self.checkpoints.check()
+                if state.step < total:  # else its error, on all processes alike, comes from the wait for it
+                    self.checkpoints.check()
                 yield step
                 due = [saving.due(state.step), evaluating.due(state.step), self.ends]
                 asked, saves, evaluates, self.ends = self.stop.after_step(due)
                 if asked or saves:
-                    self.save(wait=asked)
+                    with self._needless_when_over():
+                        self.save(wait=asked)
                 over = self._evaluate(evaluates) or self.ends
                 self.stop.check()
         except Stopped as stopped:
             self.save(wait=True)
+            self.stop.answered(STOP_FILE)
             raise Stopped(stopped.number, state.step) from None
         except (DataError, GeneratorExit) as error:  # the steps so far are not lost
             if self.world.size == 1 or isinstance(error, StreamError | GeneratorExit):  # which all processes have
                 self.save(wait=True)
             raise
-        self.checkpoints.wait()
+        with self._needless_when_over():
+            self.checkpoints.wait()
 
     def end(self) -> None:
         """End the training after this step; its model is saved. Of several processes, the first one's word counts."""
         self.ends = True
+
+    def require_recorded(self) -> None:
+        """Raises CheckpointError where the evaluation after the last step could not be written."""
+        if self.unrecorded is not None:
+            raise self.unrecorded
+
+    def keep_last(self) -> None:
+        """Write a checkpoint of the last step, where the run may be lengthened."""
+        if self.run.checkpoint.every is not None and may_be_lengthened(self.run):
+            with self._needless_when_over():
+                self.checkpoints.save(self.state)
+                self.checkpoints.wait()
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate now, unless that is done after this step already; what was measured, as eval.jsonl has it."""
@@ -145,10 +168,35 @@ class Loop:
         """Whether the run ends here because evaluations no longer improve."""
         if due or self.ends or self.state.step in (0, self.num_steps):
             with self.stop.at_once():
-                self.evaluations.evaluate(self.state)
+                try:
+                    self.evaluations.evaluate(self.state)
+                except CheckpointError as error:
+                    if not self._is_over:
+                        raise
+                    self.unrecorded = error
             self.stop.after_step()  # what one of several ranks was told meanwhile: it may be the last look
-        self._keep_best()
+        with self._needless_when_over():
+            self._keep_best()
+        return self._stopped_early
+
+    @property
+    def _stopped_early(self) -> bool:
         return stopped_early(self.evaluations.lines, self.run.train.patience) is not None
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether no step follows."""
+        return self.state.step >= self.num_steps or self.ends or self._stopped_early
+
+    @contextmanager
+    def _needless_when_over(self) -> Iterator[None]:
+        """Inside, a checkpoint of a training that is over may fail: its model is saved without one."""
+        try:
+            yield
+        except CheckpointError as error:
+            if not self._is_over:
+                raise
+            self.display.say(f"{error}; the training is over, and its model needs no checkpoint")
 
     def _keep_best(self) -> None:
         if (best := best_of(self.evaluations.lines, self.run)) and best[0] == self.state.step:
@@ -173,7 +221,11 @@ class Loop:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
             num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
-            skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
+            try:
+                skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
+            except ModelError:  # on all processes, and no weight was touched: the steps so far are not lost
+                self.save(wait=True)
+                raise
             taken, first = StepLosses(error.loss, error.grad_norm), None
         step = Step(
             number=state.step,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from preceptor.model.parts import decoder_of, evaluating, exact_routing, has_exp
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.optimizer import accumulate_in_float32
 from preceptor.train.step import CROSS_ENTROPY_LOSS, Objective, accumulate_gradients, does_not_fit, update_does_not_fit
+from preceptor.world import ONE, World
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from
@@ -59,6 +60,7 @@ def preflight(
     say: Callable[[str], None],
     objective: Objective = CROSS_ENTROPY_LOSS,
     reserved: tuple[int, int] = (0, 0),
+    world: World = ONE,
 ) -> tuple[Loader | StreamLoader, float]:
     """Prove all that can be proved before step 1; `say` gets a line for each proof. reserved: as
     `optimizer_memory`.
@@ -73,7 +75,7 @@ def preflight(
     with torch.random.fork_rng(devices=devices):
         try:
             with explaining_out_of_memory(_NO_ROOM):
-                loader = _Proofs(Engine.of(model), loader, precision, say, objective, reserved).all()
+                loader = _Proofs(Engine.of(model), loader, precision, say, objective, reserved, world).all()
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
@@ -86,7 +88,11 @@ def preflight(
 
 @dataclass
 class _Proofs:
-    """Of a model (in its engine) with the loader, precision and objective of a run. reserved: as `optimizer_memory`."""
+    """Of a model (in its engine) with the loader, precision and objective of a run. reserved: as `optimizer_memory`.
+
+    Of several processes each tries again by itself what it fails in, up to where gradients are summed. Those that share
+    a sharded model go through its layers together, so there all must have failed.
+    """
 
     engine: Engine
     loader: Loader | StreamLoader
@@ -94,6 +100,9 @@ class _Proofs:
     say: Callable[[str], None]
     objective: Objective
     reserved: tuple[int, int]
+    world: World = ONE
+    _num_failed: int = 0
+    _in_step: bool = True
 
     def all(self) -> Loader | StreamLoader:
         """Prove all; the loader of sequences that the model can read."""
@@ -105,6 +114,7 @@ class _Proofs:
             self._prove(
                 "packed conversations do not see each other (random tokens)",
                 lambda: engine.call(lambda: check_isolation(model)),
+                compares=True,
             )
         except ModelError as error:
             reason = str(error).partition(" Use a")[0].rstrip(".")  # there is another way than another model
@@ -116,7 +126,7 @@ class _Proofs:
             accumulate_in_float32(model)  # of the several passes of a step
         trees: list[Tree] = []
         if not self.loader.alone:
-            self._prove("", lambda: engine.call(lambda: check_phases(model, self.objective.policy)))
+            self._prove("", lambda: engine.call(lambda: check_phases(model, self.objective.policy)), compares=True)
             if (dropout := attention_dropout(decoder_of(model).config)) is not None:
                 self.say(
                     "{} of {:g} is off: packed conversations are trained without dropout in attention".format(*dropout)
@@ -124,8 +134,9 @@ class _Proofs:
             trees = _sample(self.loader)
         if len(trees) > 1:
             of_this_run = f"{len(trees)} of this run, {sum(tree.num_tokens for tree in trees):,} tokens"
-            self._prove(f"packed conversations do not see each other ({of_this_run})", lambda: self._isolated(trees))
-            self._prove("the loss of a sequence is the sum of its conversations' losses", lambda: self._summed(trees))
+            apart, summed = (lambda: self._isolated(trees)), (lambda: self._summed(trees))
+            self._prove(f"packed conversations do not see each other ({of_this_run})", apart, compares=True)
+            self._prove("the loss of a sequence is the sum of its conversations' losses", summed, compares=True)
         if engine.state.compiles:
             self._settle_compiling(trees)
         is_plain = not engine.state.optimisations
@@ -137,27 +148,54 @@ class _Proofs:
             f"{max(sequence.num_trained for sequence in largest):,} trained"
         )
         fit = f"the largest sequences ({sizes}) fit in memory, forward and backward, with finite results"
+        started, differ = time.perf_counter(), 1.0
+        while differ:  # what fails in a later sequence is not used for the first ones either
+            ways = [self._prove_fit(sequence) for sequence in largest]
+            (differ,) = self.world.max(float(ways[0] != ways[-1]))
+        self._say_proved(fit, started)
+        return self.loader
+
+    def _prove_fit(self, sequence: PackedSequence) -> tuple[list[str], bool]:
+        """Prove, alone, so that gradients are summed once, however often it is tried; again without compiled parts
+        where they fail. In what way it is proved: kernels that are not used, and whether parts are compiled.
+        """
+        engine = self.engine
         try:
-            self._prove(fit, lambda: self._fits(largest))
+            self._prove("", lambda: self._fits(sequence))
         except Exception as error:  # Triton's own errors are of no common kind
-            if not engine.state.fused or isinstance(error, PreceptorError) or is_out_of_memory(error):
+            is_other = not engine.state.fused or isinstance(error, PreceptorError) or is_out_of_memory(error)
+            if is_other or not self._may_repeat():
                 raise
             engine.state.optimisations.discard("fused")
             self.say(f"norms, gated units and loss are compiled no more: {type(error).__name__}: {first_line(error)}")
-            self._prove(fit, lambda: self._fits(largest))
-        return self.loader
+            self._prove("", lambda: self._fits(sequence))
+        return list(kernels().get("kernels_given_up", {})), engine.state.fused
 
-    def _prove(self, proved: str, prove: Callable[[], None]) -> None:
-        """Prove; again without the fused attention that fails."""
+    def _prove(self, proved: str, prove: Callable[[], None], compares: bool = False) -> None:
+        """Prove; again without the fused attention that fails, or, where `compares`, whose numbers differ."""
 
         def prove_anew() -> None:
             self.engine.model.zero_grad(set_to_none=True)  # of a backward that failed
             prove()
 
         started = time.perf_counter()
-        with_kernels_that_run(prove_anew, self._say_switched_off)
+        with_kernels_that_run(prove_anew, self._say_switched_off, self._may_repeat, compares)
         if proved:
-            self.say(f"proved: {proved} ({time.perf_counter() - started:.1f} s)")
+            self._say_proved(proved, started)
+
+    def _say_proved(self, proved: str, started: float) -> None:
+        self.say(f"proved: {proved} ({time.perf_counter() - started:.1f} s)")
+
+    def _may_repeat(self) -> bool:
+        """After a failure of this process, whether the others will be where it begins anew: once not, never."""
+        if not is_sharded(self.engine):
+            return True
+        if self._in_step:
+            self._num_failed += 1
+            self._in_step = self.world.fails_everywhere(f"failure {self._num_failed} before step 1")
+        if self._in_step:
+            cast(Any, self.engine).reset_iter_state()  # FSDP2's, of a pass that was broken off
+        return self._in_step
 
     def _say_switched_off(self, kernel: str, error: str) -> None:
         self.say(f"attention kernel {kernel} failed on this GPU and is switched off for this run: {error}")
@@ -255,32 +293,28 @@ class _Proofs:
             engine.state.optimisations.add("fused")
             self.say(f"compiled in {compile_seconds() - before[0]:.1f} s, {num_graphs() - before[1]} graphs")
 
-    def _fits(self, largest: Sequence[PackedSequence]) -> None:
-        """One after the other, beside what a step has: the optimizer's state, and the gradients of sequences before."""
+    def _fits(self, sequence: PackedSequence) -> None:
+        """Beside what a step has: the optimizer's state, and the gradients of sequences before."""
         engine: Any = self.engine
         model, where = engine.model, "the largest sequence of the run"
         trained = [p for p in model.parameters() if p.requires_grad]
-        several = self.loader.batch_size > 1 or self.loader.alone
-        for sequence in largest:
-            with explaining_out_of_memory(does_not_fit(sequence, where)):
-                if several:
-                    for p in trained:
-                        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
-                state = torch.empty(self.reserved[0], dtype=torch.uint8, device=model.device)
-            divisor = max(1.0, sequence.divisor)
-            (share,), _ = accumulate_gradients(engine, [sequence], divisor, self.precision, self.objective, where)
-            loss = share.item()
-            with explaining_out_of_memory(update_does_not_fit("the first step")):
-                update = torch.empty(self.reserved[1], dtype=torch.uint8, device=model.device)
-            del state, update
-            finite = all(p.grad is None or bool(own_part(p.grad).isfinite().all()) for p in trained)
-            if not (finite and math.isfinite(loss)):
-                raise ModelError(
-                    f"a sequence of {sequence.num_tokens:,} tokens has a loss of {loss:.4g} or a gradient that is not "
-                    f"finite before the first step: look for broken weights, or use train.precision: float32"
-                )
-            if not several:
-                model.zero_grad(set_to_none=True)
+        with explaining_out_of_memory(does_not_fit(sequence, where)):
+            if self.loader.batch_size > 1 or self.loader.alone:
+                for p in trained:
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+            state = torch.empty(self.reserved[0], dtype=torch.uint8, device=model.device)
+        divisor = max(1.0, sequence.divisor)
+        (share,), _ = accumulate_gradients(engine, [sequence], divisor, self.precision, self.objective, where)
+        loss = share.item()
+        with explaining_out_of_memory(update_does_not_fit("the first step")):
+            update = torch.empty(self.reserved[1], dtype=torch.uint8, device=model.device)
+        del state, update
+        finite = all(p.grad is None or bool(own_part(p.grad).isfinite().all()) for p in trained)
+        if not (finite and math.isfinite(loss)):
+            raise ModelError(
+                f"a sequence of {sequence.num_tokens:,} tokens has a loss of {loss:.4g} or a gradient that is not "
+                f"finite before the first step: look for broken weights, or use train.precision: float32"
+            )
 
 
 def _sample(loader: Loader | StreamLoader) -> list[Tree]:

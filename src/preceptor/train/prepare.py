@@ -124,13 +124,12 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         reader = SourceReader(fitter, cache, num_processes, on_example)
         train = [] if run.data.streaming else [reader.read(source) for source in sources["train"]]
         held_out = [(reader.read_held_out(source), source.source) for source in sources["held out"]]
-        replay = [reader.read(source) for source in sources["replay"]]
+        replay = [reader.read(source, "replay") for source in sources["replay"]]
     if windows is None:
         stream, (tables, tuning_N) = None, _drawn(train, run.data.train, run.train.seed)
     else:
         stream, tables, tuning_N = _first_window(windows, reader, partial(_opened, run, chat, replay))
-    counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
-    counts.require_few(counts.num_not_allowed, reader.num_examples, run.data.max_rejected)
+    counts = _few_rejected(run, reader)
     if not len(tuning_N):
         why = "weight too small" if sum(map(len, tables)) else "data.eval_size holds all of them out"
         raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
@@ -155,6 +154,15 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         cache=cache,
         stream=stream,
     )
+
+
+def _few_rejected(run: config.Run, reader: SourceReader) -> RejectionCounts:
+    """All rejections, counted. Raises DataError for too many among what is trained, replayed, or read at all."""
+    by_use = [(reader.rejected_by_use[use], reader.num_by_use[use]) for use in ("train", "replay")]
+    for rejections, num_examples in [*by_use, (reader.rejections, reader.num_examples)]:
+        counts = RejectionCounts(run.data.allow_rejected, rejections)
+        counts.require_few(counts.num_not_allowed, num_examples, run.data.max_rejected)
+    return counts
 
 
 def _with_own(tasks: list[Task], code: str) -> list[Task]:

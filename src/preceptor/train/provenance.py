@@ -37,9 +37,10 @@ from preceptor.train.differences import (
     evaluation_differences,
     rounding_differences,
 )
+from preceptor.train.earlier_run import record_of_start
 from preceptor.train.finish import Say
 from preceptor.train.prepare import Prepared
-from preceptor.train.run_folder import RunFolder, record_of_start
+from preceptor.train.run_folder import RunFolder
 from preceptor.world import World, command_words, package_version
 
 PACKAGES = "preceptor torch transformers tokenizers peft bitsandbytes safetensors datasets numpy jinja2".split()  # noqa: SIM905
@@ -155,6 +156,7 @@ def _weights(file: Path, known: Mapping[tuple[str, int, int], str | None]) -> di
 def tasks_sha256(tasks: Sequence[Task]) -> str:
     """Of what is asked, wherever it was read."""
     asked: list[object] = [(task.kind, [{**asdict(item), "source": ""} for item in task.items]) for task in tasks]
+    asked += [task.max_new_tokens for task in tasks if task.max_new_tokens is not None]
     asked += [task.own.sha256 for task in tasks if task.own is not None]
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 

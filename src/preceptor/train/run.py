@@ -32,7 +32,6 @@ from preceptor.train.build import (
     with_precision,
 )
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
-from preceptor.train.differences import may_be_lengthened
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.finish import finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
@@ -114,10 +113,10 @@ class Training:
                         self._held.ends_at(state.step, folder.path)
             require_finite(state)
             require_finite_loss(state, loader.batch(state.step - 1)[0], self._precision, objective)
-            self._end(self.loop.ends)
+            for finishing in (self.loop.keep_last, self.loop.require_recorded, self._end, self._save):
+                save_at_the_end(finishing, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             if world.size == 1:  # else it was needed to place the model
                 self._record_prediction()
-            save_at_the_end(self._save, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             seconds = time.perf_counter() - started
             self.summary = world.first(lambda: finish(folder, self.say, seconds))
             if self._held is not None:
@@ -156,7 +155,7 @@ class Training:
         if run.engine != "plain":
             compile_update(self._state.optimizer, device, say, world)
         reserved = optimizer_memory(self._state.optimizer)
-        loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved)
+        loader, seconds = preflight(self.model, prepared.loader(), self._precision, say, objective, reserved, world)
         self._loader, self._num_steps = loader, run.train.duration.steps(loader.steps_per_epoch)
         where_rejected = f"see {run.out}/rejections.jsonl"
         if dry_run:
@@ -181,10 +180,11 @@ class Training:
 
     def _require_room(self) -> None:
         """Raises CheckpointError where the disk has no room for the model and the checkpoints of this run."""
-        settings, num = self.prepared.run.checkpoint, 0
+        run = self.prepared.run
+        settings, num = run.checkpoint, 0
         if settings.every is not None:
             num = max(1, settings.keep + 1 + (settings.best is not None) - len(self._checkpoints.found()))
-        model_bytes = saved_bytes(self.model, _saved_adapter(self.prepared.run))
+        model_bytes = saved_bytes(self.model, saved_dtype(run.model), _saved_adapter(run))
         require_room(self.folder.path, model_bytes, checkpoint_bytes(self._state), num)
 
     def _go_on(self) -> None:
@@ -205,27 +205,25 @@ class Training:
         self._checkpoints.best = world.first(lambda: folder.best_step(run))  # of the evaluations up to there
         self._checkpoints.prune(state.step)
 
-    def _end(self, ended: bool) -> None:
+    def _end(self) -> None:
         """Record how the training ended; give the model the weights that are to be saved, where they are not the last.
 
-        ended: by the program that took the steps.
-        A checkpoint of the last step is kept where the model is of another one, or where the run may be lengthened.
+        A checkpoint of the last step is kept then.
         """
+        assert self.loop is not None
         folder, run, checkpoints, step = self.folder, self.prepared.run, self._checkpoints, self._state.step
-        lines = self.world.first(lambda: folder.evaluations)
-        found = outcome(lines, run, step, self._num_steps, ended)
-        best = found["model_step"]
+        found = outcome(self.world.first(lambda: folder.evaluations), run, step, self._num_steps, self.loop.ends)
+        best, said = found["model_step"], []
         if best != step and not checkpoints.has(best):
-            self.say(
+            said = [
                 f"the checkpoint of step {best}, the best by {run.checkpoint.best}, is not there: the last is saved"
-            )
+            ]
             found = {key: value for key, value in found.items() if key != "best"} | {"model_step": step}
-        may_go_on = run.checkpoint.every is not None and may_be_lengthened(run)
-        if found["model_step"] != step or may_go_on:
+        if found["model_step"] != step:
             checkpoints.save(self._state)
             checkpoints.wait()
         self.world.first(lambda: folder.record_outcome(found))
-        for line in outcome_lines(found, step, run.out):
+        for line in [*said, *outcome_lines(found, step, run.out)]:
             self.say(line)
         if found["model_step"] != step:
             checkpoints.restore_weights(self._state, found["model_step"])

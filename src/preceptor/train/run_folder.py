@@ -38,9 +38,8 @@ from preceptor.files import (
     read_json,
     read_json_lines,
     read_run_file,
+    remove,
     remove_folder,
-    remove_partials,
-    sha256_of,
     using,
     write_atomically,
     write_json,
@@ -64,6 +63,7 @@ NAMES = (
     *("rejections.jsonl", WINDOWS, "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
+_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, NAMES))}|{CHECKPOINT.pattern})(\.removed)?\.partial")
 _NOBODYS = (LOCK, STOP_FILE, SAVE_FILE, "lost+found")  # lost+found: of an empty disk
 _TO_LENGTHEN = (
     "\nThe rate of each step depends on the length of the run, except with `lr_scheduler: constant` and a warm-up in "
@@ -224,27 +224,29 @@ def claim(
 ) -> Iterator[RunFolder]:
     """Hold the run's folder while the block lasts, for this process alone; it is made where it does not exist.
 
-    A folder with this run, unfinished, goes on; `resume` asks that there is one, `replace` begins again. Nothing is
-    removed before `begin`. run_file: where the run was read from. Raises ConfigError for a folder that holds what the
-    run is made from, CheckpointError for one that cannot be used, that another process uses, or that holds a finished
-    run, another run or anything else.
+    A folder with this run, unfinished, goes on; `resume` asks that there is one, `replace` begins again. Nothing of a
+    folder that is refused is removed, and before `begin` only what killed processes left. run_file: where the run was
+    read from. Raises ConfigError for a folder that holds what the run is made from, CheckpointError for one that
+    cannot be used, that another process uses, or that holds a finished run, another run or anything else.
     """
     folder = Path(os.path.realpath(run.out))
     _require_apart(run, folder, run_file)
-    with locked(folder, run.out) as notes, using(folder, only_within=True):
-        found = _look(folder, run, resume, replace)
+    looked: list[RunFolder] = []
+
+    def look() -> None:
+        looked.append(_look(folder, run, resume, replace))
+
+    with using(folder, only_within=True), locked(folder, run.out, look) as notes:
+        (found,) = looked
         found.notes += notes
+        _remove_leftovers(folder)
         yield found
 
 
 def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFolder:
     out = run.out
     with writing(folder):
-        remove_partials(folder)
-        remove_partials(folder / "checkpoints")
-        for name in (STOP_FILE, SAVE_FILE) * is_run(folder):  # of an earlier session
-            (folder / name).unlink(missing_ok=True)
-        names = {path.name for path in folder.iterdir()} - {*_NOBODYS, REPLACED}
+        names = _names_in(folder) - {*_NOBODYS, REPLACED}
     if names and not is_run(folder):
         found = ", ".join(sorted(names)[:3])
         raise CheckpointError(
@@ -273,6 +275,22 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
         raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {again}" + longer(out))
     goes_on.lengthens = changed.lengthened
     return goes_on
+
+
+def _names_in(folder: Path) -> set[str]:
+    """What is in a folder, if there is one, but for what killed processes left half written or half removed."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in paths if not _LEFTOVER.fullmatch(path.name)}
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left, and the files that asked an earlier session."""
+    with writing(folder):
+        for path in (*folder.glob(".*"), *(folder / "checkpoints").glob(".*")):
+            if _LEFTOVER.fullmatch(path.name):
+                remove(path)
+        for name in (STOP_FILE, SAVE_FILE) * is_run(folder):
+            (folder / name).unlink(missing_ok=True)
 
 
 def longer(out: str) -> str:
@@ -331,10 +349,9 @@ def _require_apart(run: config.Run, folder: Path, run_file: Path | None) -> None
 
 def _require_own_files(folder: Path, out: str) -> None:
     """Raises CheckpointError where --replace would take a file that no run wrote."""
-    foreign = {path.name for path in folder.iterdir()} - {*NAMES, *_NOBODYS, REPLACED}
-    checkpoints = folder / "checkpoints"
-    if checkpoints.is_dir():
-        foreign |= {f"checkpoints/{path.name}" for path in checkpoints.iterdir() if not CHECKPOINT.fullmatch(path.name)}
+    foreign = _names_in(folder) - {*NAMES, *_NOBODYS, REPLACED}
+    inside = _names_in(folder / "checkpoints")
+    foreign |= {f"checkpoints/{name}" for name in inside if not CHECKPOINT.fullmatch(name)}
     saved = _readable(folder / SUMMARY).get("model_files")
     if saved is not None:
         foreign |= {f"model/{name}" for name in _files_in(folder / "model") if name not in saved}
@@ -369,47 +386,3 @@ def move_aside(folder: Path) -> None:
             shutil.rmtree(old)
         else:
             old.unlink()
-
-
-# A run that starts from another run -----------------------------------------------------------------------------------
-
-# this run has an adapter, and the other one too    the same base model, the other run's adapter is trained on
-# else                                              the other run's model (with an adapter: merged) is the base
-
-
-def with_start(run: config.Run) -> config.Run:
-    """The run with the other run's model as `model.path`, where it starts from that. Raises ConfigError."""
-    if run.model.from_run is None:
-        return run
-    folder = Path(run.model.from_run).expanduser()
-    if not is_run(folder):
-        raise ConfigError(f"model.from_run: {run.model.from_run} is not the folder of a run; name the `out` of one")
-    if not (folder / "model").is_dir():
-        raise ConfigError(
-            f"model.from_run: the run in {run.model.from_run} has no model yet; its own command continues it to its end"
-        )
-    if adapter_to_continue(run) is not None:
-        return run
-    model = run.model.model_copy(update={"path": str(folder / "model"), "revision": None})
-    return run.model_copy(update={"model": model})
-
-
-def adapter_to_continue(run: config.Run) -> Path | None:
-    """The folder of the adapter that this run trains on; None where this run or the other one has no adapter."""
-    if run.model.from_run is None or run.adapter is None:
-        return None
-    adapter = Path(run.model.from_run).expanduser() / "model" / "adapter"
-    return adapter if adapter.is_dir() else None
-
-
-def record_of_start(run: config.Run) -> dict[str, Any] | None:
-    """What is recorded of the run that this one starts from: its id, its base model, the hash of its adapter."""
-    if run.model.from_run is None:
-        return None
-    record, adapter = record_of(Path(run.model.from_run).expanduser()), adapter_to_continue(run)
-    return {
-        "folder": run.model.from_run,
-        "run": record.get("run"),
-        "adapter_sha256": None if adapter is None else sha256_of(adapter / "adapter_model.safetensors"),
-        "base": None if adapter is None else record.get("model"),
-    }

@@ -104,12 +104,11 @@ class StopRequest:
     def _asks(self, name: str) -> bool:
         return self.folder is not None and (self.folder / name).exists()
 
-    def answered(self) -> None:
-        """Remove the files that asked, since what they asked for is done."""
+    def answered(self, name: str = SAVE_FILE) -> None:
+        """Remove the file that asked, since what it asked for is done."""
         if self.folder is not None and self._world.is_first:
-            for name in (SAVE_FILE, STOP_FILE):
-                with suppress(OSError):
-                    (self.folder / name).unlink()
+            with suppress(OSError):
+                (self.folder / name).unlink()
 
     def check(self) -> None:
         """Raises Stopped where the run has been told to stop; of several ranks, on all or on none."""

@@ -31,6 +31,10 @@ def answered(**answer):
     return json.dumps({"messages": [USER, ANSWER | answer]})
 
 
+def called(**call):
+    return answered(content="", tool_calls=[call])
+
+
 ROWS = {
     "a key twice": ('{"text": "a", "text": "b"}', "unreadable", "the key 'text' is given twice"),
     "a key twice, deep": ('{"text": "a", "x": [{"k": 1, "k": 1}]}', "unreadable", "the key 'k' is given twice"),
@@ -62,6 +66,32 @@ ROWS = {
     "image of a message": (json.dumps({"messages": [USER | {"images": ["a"]}, ANSWER]}), "unread_field", "[0].images"),
     "detail": (answered(train_detail=[{"train": False}]), "unread_field", "messages[1].train_detail is not read"),
     "function_call": (answered(function_call={"name": "f"}), "unread_field", "write the call as `tool_calls`"),
+    "arguments as args": (
+        called(name="f", args={"a": 1}, id="c"),
+        "unread_field",
+        "[1].tool_calls[0].args is not read",
+    ),
+    "arguments as parameters": (
+        called(function={"name": "f", "parameters": {"a": 1}}),
+        "unread_field",
+        "tool_calls[0].function.parameters is not read, and the call has no arguments: write it as",
+    ),
+    "arguments as input": (called(type="tool_use", name="f", input={"a": 1}), "unread_field", "[0].input is not read"),
+    "arguments as args beside blank ones": (called(name="f", args={"a": 1}, arguments=" "), "unread_field", "[0].args"),
+    "arguments beside a function": (
+        called(function={"name": "f"}, arguments={"a": 1}),
+        "unread_field",
+        "tool_calls[0].arguments is not read",
+    ),
+    "call without a name": (called(function={"arguments": {"a": 1}}), "bad_tool_call", "[0].function.name is None"),
+    "call with a blank name": (called(name=" ", arguments={"a": 1}), "bad_tool_call", "tool_calls[0].name is ' '"),
+    "function that is a string": (called(function="f", arguments={"a": 1}), "bad_tool_call", "tool_calls[0].name is"),
+    "custom call": (called(type="custom", custom={"name": "f", "input": "x"}), "bad_tool_call", "write a call as"),
+    "two reasonings": (
+        answered(reasoning="So.", thinking=[{"type": "text", "text": "Not so."}]),
+        "bad_message",
+        "messages[1] has thinking and reasoning, and they differ; keep one of them",
+    ),
     "part of type image": (
         json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "a"}]}, ANSWER]}),
         "unread_field",
@@ -87,6 +117,28 @@ def test_one_row_is_rejected_with_its_place_and_the_next_is_read(name, tmp_path)
     assert isinstance(found, Rejection) and found.source == f"{tmp_path}/rows.jsonl:2"
     assert (found.code, message in found.message) == (code, True), found
     assert len(found.message) < 500
+
+
+READABLE_CALLS = {
+    "of a server": {"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": '{"a": 1}'}},
+    "with nulls": {"name": "f", "arguments": {"a": 1}, "function": None, "custom": None},
+    "with more than its arguments": {"function": {"name": "f", "arguments": '{"a": 1}', "parsed_arguments": {"a": 1}}},
+    "without arguments": {"function": {"name": "f"}},
+    "with none under another key": {"name": "f", "args": {}, "type": "tool_call"},
+}
+
+
+@pytest.mark.parametrize("name", READABLE_CALLS)
+def test_a_call_whose_arguments_are_where_they_are_read_is_read(name, tmp_path):
+    (found,) = read(called(**READABLE_CALLS[name]), tmp_path=tmp_path)
+    assert isinstance(found, Conversation), found
+
+
+def test_reasoning_under_two_names_is_read_where_it_is_one_or_context(tmp_path):
+    same, apart = {"reasoning": "So.", "thinking": "So.\n"}, {"reasoning": "So.", "thinking": "Not so.", "train": False}
+    for fields in (same, apart, {"reasoning": "So.", "thinking": ""}):
+        (found,) = read(json.dumps({"messages": [USER, ANSWER | fields, USER, ANSWER]}), tmp_path=tmp_path)
+        assert isinstance(found, Conversation), found
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="the folder shared/cases is not beside the repository")

@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry, known_implementations
 
 from preceptor.config import Source
+from preceptor.data.formats import remote_files
 from preceptor.data.formats.tables import find_tables
 from preceptor.data.sources import OpenSource, read_rows
 from preceptor.errors import ConfigError, DataError
@@ -161,6 +162,48 @@ def test_what_breaks_off_in_pieces_is_an_error(server, tmp_path, monkeypatch):
     for name in CONTENTS:
         with pytest.raises(DataError, match=rf"{name}: cannot be read: .*IncompleteRead"):
             list(OpenSource(f"{server[0]}/{name}").examples())
+
+
+def test_a_parquet_file_is_fetched_once_for_each_time_that_its_rows_are_read(server, tmp_path, monkeypatch):
+    fetched, get = [], server[1].do_GET
+    monkeypatch.setattr(server[1], "do_GET", lambda handler: fetched.append(handler.path) or get(handler))
+    (tmp_path / "e.parquet").write_bytes(CONTENTS["e.parquet"])
+    opened = OpenSource(f"{server[0]}/e.parquet")
+    (table,) = opened.tables
+    assert table.num_rows() == 1 and table.columns() == ["text"]
+    assert len(opened.peek()) == 1 and len(list(opened.examples())) == 1 and len(fetched) == 1
+    pq.write_table(pa.Table.from_pylist([{"text": "another"}] * 2), tmp_path / "e.parquet")
+    assert [example.text for example in opened.examples()] == ["another"] * 2 and table.num_rows() == 2
+    (tmp_path / "e.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"e\.parquet: cannot be read: Parquet file size is 0 bytes"):
+        OpenSource(f"{server[0]}/e.parquet").tables[0].columns()
+
+
+@pytest.mark.parametrize("length", [None, 2 * len(LINE)])
+def test_a_server_that_sends_without_end_may_be_silent_and_one_that_sends_a_file_may_not(server, monkeypatch, length):
+    ended = threading.Event()
+
+    def do_GET(handler):
+        handler.send_response(200)
+        if length is not None:
+            handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(LINE.encode())
+        handler.wfile.flush()
+        ended.wait(1)  # five times as long as an answer may take
+        handler.wfile.write(LINE.encode())
+
+    monkeypatch.setattr(server[1], "do_GET", do_GET)
+    monkeypatch.setattr(remote_files, "_SECONDS", 0.2)
+    rows = read_rows(f"{server[0]}/a.jsonl")
+    try:
+        if length is None:
+            assert len(list(rows)) == 2
+        else:
+            with pytest.raises(DataError, match=r"a\.jsonl: cannot be read: .*timed out"):
+                list(rows)
+    finally:
+        ended.set()
 
 
 def test_a_url_that_is_none_is_an_error(server):

@@ -38,10 +38,14 @@ def open_parquet(file: Path | RemoteFile, name: str) -> Iterator[Any]:
 
 def parquet_rows(file: Path | RemoteFile, name: str, wanted: Columns = None) -> TableRows:
     """Each row with its source, "file:row N", counted from 1; of `wanted` columns only, if given. Raises DataError."""
-    with open_parquet(file, name) as parquet:
-        check_names(parquet.schema_arrow.names, name)
-        columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
-        yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
+    try:
+        with open_parquet(file, name) as parquet:
+            check_names(parquet.schema_arrow.names, name)
+            columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
+            yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
+    finally:
+        if isinstance(file, RemoteFile):
+            file.forget()
 
 
 def batch_rows(batches: Iterable[Any], name: str) -> TableRows:

@@ -8,14 +8,16 @@ a temporary file first.
 """
 
 import io
+import mmap
 import re
 import shutil
+import socket
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
@@ -23,7 +25,8 @@ from preceptor.errors import DataError, first_line
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
 _HTTP = ("http", "https")
-_SECONDS = 30  # to wait for a server's answer
+_SECONDS = 30  # to wait for a server's answer, and for more of a file
+_ALIVE_SECONDS = 60  # of silence, after which a server that sends without end is asked whether it is there
 
 
 def protocol_of(path: str) -> str | None:
@@ -32,7 +35,7 @@ def protocol_of(path: str) -> str | None:
     return match[1] if match else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RemoteFile:
     """A file at a URL, with what of a `Path` the formats ask."""
 
@@ -59,16 +62,24 @@ class RemoteFile:
             return cast(IO[bytes], io.BufferedReader(_HttpStream(self.url), 1 << 20))
         return cast(IO[bytes], _asked(self.url, lambda: _system(self.url).open(self.url, mode)))
 
+    @cached_property
+    def _copy(self) -> mmap.mmap | bytes:
+        with tempfile.TemporaryFile() as copy, self.open() as content:
+            shutil.copyfileobj(content, copy, 1 << 20)
+            copy.flush()
+            return mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ) if copy.tell() else b""
+
     def open_seekable(self) -> IO[bytes]:
-        """Raises OSError."""
+        """Over http a copy, which is kept until `forget`. Raises OSError."""
         if not self._is_http:
             return self.open()
-        with ExitStack() as stack, self.open() as content:
-            copy = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(content, copy, 1 << 20)
-            copy.seek(0)
-            stack.pop_all()  # the caller closes it
-        return cast(IO[bytes], copy)
+        import pyarrow as pa
+
+        return cast(IO[bytes], pa.BufferReader(self._copy))
+
+    def forget(self) -> None:
+        """Keep no copy; one that is open can be read on."""
+        vars(self).pop("_copy", None)
 
     def identity(self) -> list[str] | None:
         """The URL, and what the server says changes with the content; None where it says nothing. Raises DataError."""
@@ -145,6 +156,14 @@ def _requested(url: str, method: str = "GET") -> Any:
     return _asked(url, lambda: urllib.request.urlopen(request, timeout=_SECONDS))
 
 
+def _wait_while_connected(connection: socket.socket) -> None:
+    """However long the server is silent; that the connection is gone is told by the system."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _ALIVE_SECONDS)
+
+
 class _HttpStream(io.RawIOBase):
     """The content of a URL, in order. Raises OSError where the server ends before the end."""
 
@@ -152,6 +171,8 @@ class _HttpStream(io.RawIOBase):
         self._url, self._response = url, _requested(url)
         length = self._response.headers.get("Content-Length")
         self._left = None if length is None else int(length)
+        if self._left is None and self._response.fp is not None:
+            _wait_while_connected(self._response.fp.raw._sock)
 
     def readable(self) -> bool:
         return True

@@ -126,38 +126,44 @@ def give_up_kernel(error: str) -> str | None:
     return None
 
 
-def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
+def with_kernels_that_run(
+    run: Callable[[], T],
+    gave_up: Callable[[str, str], None] = lambda kernel, error: None,
+    may_repeat: Callable[[], bool] = lambda: True,
+    compares: bool = False,
+) -> T:
     """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
 
-    Triton may have none for heads of this size on this GPU, in forward or in backward alone; a proof that fails, a
-    ModelError, may be a kernel's wrong numbers. Where `run` fails without the kernels too, they are not the cause: they
-    are used again.
+    Triton may have none for heads of this size on this GPU, in forward or in backward alone. Where `run` fails without
+    the kernels too, they are not the cause: they are used again. may_repeat: asked after a failure, before `run` is run
+    again. compares: a ModelError of `run` is that of numbers which differ, perhaps a kernel's; it is the one that is
+    raised then, whatever fails without the kernels.
     """
     given_up: dict[str, str] = {}
+    first: Exception | None = None
     while True:
         try:
             result = run()
         except Exception as error:  # Triton's own errors are of no common kind
             words = f"{type(error).__name__}: {first_line(error)}"
-            kernel = give_up_kernel(words) if _may_be_a_kernels(error) else None
+            differs = compares and isinstance(error, ModelError)
+            is_other = is_out_of_memory(error) or (isinstance(error, PreceptorError) and not differs)
+            kernel = None if is_other or not replaceable_kernels() or not may_repeat() else give_up_kernel(words)
             if kernel is None:
                 for name in given_up:
                     del _given_up[name]
                     if name != FLEX:
                         attention.activate_flash_attention_impl(name)
+                if first is not None:
+                    raise first from None
                 raise
             given_up[kernel] = words
+            if differs:
+                first = first or error.with_traceback(None)  # its frames hold tensors
         else:
             for name, words in given_up.items():
                 gave_up(name, words)
             return result
-
-
-def _may_be_a_kernels(error: BaseException) -> bool:
-    if isinstance(error, PreceptorError):
-        ran_out = error.__cause__ is not None and is_out_of_memory(error.__cause__)
-        return isinstance(error, ModelError) and not ran_out
-    return not is_out_of_memory(error)
 
 
 def kernels() -> dict[str, Any]:
