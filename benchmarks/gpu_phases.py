@@ -457,7 +457,8 @@ def _step_case(bench: Bench, case: Case, profiled: bool) -> dict[str, Any]:
     seconds = seconds_of(step, bench, times=2)
     of_update = min(update.seconds[1:])
     turns = ((length // 2, length // 8), (length // 4, length // 8))
-    operations = operations_of(model, turns) * max(1, case.num_tokens // length)
+    adapter = LoraSpec(RANK) if case.adapter else None
+    operations = operations_of(model, turns, adapter, MODES[case.mode]) * max(1, case.num_tokens // length)
     result = {
         "seconds": seconds,
         "update_seconds": of_update,

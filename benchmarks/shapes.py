@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from preceptor.model.options import KEEP_ALL, ActivationPolicy
 from preceptor.plan.counting import count_built
+from preceptor.plan.dry_run import dry_run_like
+from preceptor.plan.parameters import LoraSpec
 from preceptor.plan.work import Work, operations
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -37,9 +40,19 @@ def random_model(shape: dict[str, Any], dtype: str = "float32", device: str = "c
     return model.train()
 
 
-def operations_of(model: Any, turns: tuple[tuple[int, int], ...]) -> float:
-    """Floating-point operations of one conversation, forward and backward. turns: tokens of context and target."""
-    return sum(operations(count_built(model, model), Work((turns,))).values())
+def operations_of(
+    model: Any,
+    turns: tuple[tuple[int, int], ...],
+    adapter: LoraSpec | None = None,
+    policy: ActivationPolicy = KEEP_ALL,
+) -> float:
+    """Floating-point operations of one conversation, forward and backward. turns: tokens of context and target.
+
+    adapter: the model's, whose base is frozen; None: all is trained.
+    """
+    assert (adapter is not None) == hasattr(model, "peft_config"), "a frozen base has other operations"
+    parameters = count_built(model, model) if adapter is None else dry_run_like(model).parameters(adapter)
+    return sum(operations(parameters, Work((turns,), policy)).values())
 
 
 def matrix_product_rate(precision: str, device: torch.device) -> float:

@@ -12,6 +12,7 @@ import gpu_phases
 import pytest
 import torch
 from flash import flash
+from torch.utils.flop_counter import FlopCounterMode
 
 from preceptor.model import compiled, sizes
 from preceptor.model.attention import cuda, layout
@@ -255,6 +256,31 @@ def test_a_step_is_taken_in_the_precision_of_a_run_on_that_device(tmp_path, monk
             case = gpu_phases.Case("qwen3-0.6b", 96, weights=weights, optimizer="adamw")
             gpu_phases._step_case(bench_of(tmp_path), case, False)
     assert asked == ["of cpu", "of cpu"]
+
+
+@pytest.mark.parametrize("mode", gpu_phases.MODES)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full fine-tuning", "LoRA"])
+def test_the_operations_of_a_step_are_those_that_torch_counts(adapter, mode, tmp_path, monkeypatch):
+    """But for attention, of which short conversations have little, and what the last of eight layers spares."""
+    shape = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384}
+    shape |= {"num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    monkeypatch.setitem(gpu_phases.SHAPES, "small", shape)
+    counted, take_step = [], gpu_phases.take_step
+
+    def added(total, left, right, **_):  # in place, which torch does not count by itself
+        return 2 * left[0] * left[1] * right[1]
+
+    def counting(*given):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
+            found = take_step(*given)
+        counted.append(counter.get_total_flops())
+        return found
+
+    monkeypatch.setattr(gpu_phases, "take_step", counting)
+    monkeypatch.setattr(gpu_phases, "_predicted", lambda *_: None)
+    case = gpu_phases.Case("small", 64, adapter=adapter, weights="float32", mode=mode, optimizer="adamw")
+    found = gpu_phases._step_case(bench_of(tmp_path, tiny=False), case, False)
+    assert found["operations_per_second"] * found["seconds"] == pytest.approx(counted[-1], rel=0.25)
 
 
 def test_the_update_is_timed_by_itself_and_can_be_left_out(tmp_path):

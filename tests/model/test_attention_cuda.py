@@ -207,7 +207,8 @@ def test_whole_models_in_all_modes(kind, as_on_cuda, monkeypatch):
         function = getattr(cuda, name)
         monkeypatch.setattr(cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
     model = tiny_model(kind, dtype=torch.float64)
-    tolerance = 1e-7 if kind.startswith("gemma") else 1e-11
+    tolerance = 3e-7 if kind.startswith("gemma") else 1e-11  # gradients of its norms are summed in float32, by flex of
+    # the last layer too over all tokens
     policies = [ActivationPolicy("full"), ActivationPolicy("recompute"), ActivationPolicy("detach")]
     if kind != "gemma2":  # not compiled, flex's soft-cap and checkpointing do not go together: see the next test
         policies.append(ActivationPolicy("full", "all"))
@@ -248,7 +249,7 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
     for length in (3, 8, 13, 21):
         rng = np.random.default_rng(length)
         sequence = pack_trees([branching(rng), chain(rng, (length, 9))])
-        assert_as_by_runs(model, sequence, ActivationPolicy("full", "all"), 1e-7, monkeypatch)
+        assert_as_by_runs(model, sequence, ActivationPolicy("full", "all"), 3e-7, monkeypatch)
         num_graphs.append(len(graphs))
     assert num_graphs[1] == num_graphs[-1] <= 8
 

@@ -1,5 +1,6 @@
 """Which of CUDA's kernels is taken for what; no GPU is needed to choose."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from flash import flash, old_flash
 from test_attention import forest_sequence
 from test_attention_cuda import chains_sequence
 
+from preceptor.errors import ModelError
 from preceptor.model.attention import cuda
 from preceptor.model.attention.cuda import attend_varlen, fast_path
 from preceptor.model.attention.layout import AttentionOptions, ForestLayout
@@ -163,3 +165,38 @@ def test_one_without_which_it_fails_too_is_used_again(switch):
     with pytest.raises(ZeroDivisionError):
         cuda.with_kernels_that_run(lambda: 1 / 0, lambda *each: said.append(each))
     assert switch.active == "FA3" and cuda.kernels() == {"flash": "FA3"} and not said
+
+
+@pytest.mark.parametrize(
+    ("compares", "last", "num_tries"),
+    [
+        (False, None, 1),
+        (True, ModelError("differ still"), 3),
+        (True, torch.OutOfMemoryError("CUDA out of memory"), 3),
+        (True, None, 3),
+    ],
+)
+def test_numbers_that_differ_are_a_kernels_only_in_a_comparison(compares, last, num_tries, switch):
+    """Each kernel may be the cause; where none is, the first error says what is wrong."""
+    switch.installed, switch.active = {"FA3": None}, "FA3"
+    cuda._in_use |= {"FA3", cuda.FLEX}
+    outcomes = [ModelError("differ"), ModelError("differ too"), last]
+
+    def run():
+        if error := outcomes.pop(0):
+            raise error
+
+    with nullcontext() if num_tries == 3 and last is None else pytest.raises(ModelError, match=r"^differ$"):
+        cuda.with_kernels_that_run(run, compares=compares)
+    assert len(outcomes) == 3 - num_tries
+    kept = num_tries == 1 or last is not None
+    assert switch.active == ("FA3" if kept else None) and cuda.replaceable_kernels() == (
+        ["FA3", cuda.FLEX] if kept else []
+    )
+
+
+def test_where_no_kernel_ran_no_other_process_is_asked(switch):
+    asked = []
+    with pytest.raises(ZeroDivisionError):
+        cuda.with_kernels_that_run(lambda: 1 / 0, may_repeat=lambda: bool(asked.append(1)), compares=True)
+    assert not asked

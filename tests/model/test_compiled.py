@@ -30,7 +30,7 @@ from tiny import branching, chain, tiny_model
 # torch's own, in tracing
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-_ELSEWHERE = {"mixers", "adapters", "fused"}  # there are no layers for them in these models; on a GPU only
+_ELSEWHERE = {"mixers", "adapters", "token_rows", "fused"}  # there are no layers for them here; on a GPU only
 ALL = {optimisation.name for optimisation in OPTIMISATIONS} - _ELSEWHERE
 WITHIN = {
     way: {each.name for each in OPTIMISATIONS if each.within == way} - _ELSEWHERE for way in ("compiled", "efficient")

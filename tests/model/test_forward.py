@@ -1,16 +1,22 @@
 """A packed sequence through unmodified transformers models: it equals its conversations one by one, and the formula."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
+from preceptor.model import checks
 from preceptor.model.activations import inputs
-from preceptor.model.checks import check_head, check_isolation
+from preceptor.model.attention import runs
+from preceptor.model.attention.cuda import BLOCK
+from preceptor.model.checks import check_head, check_isolation, check_sequential
 from preceptor.model.forward import Engine
 from preceptor.model.loss import linear_cross_entropy
 from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.numerics import relative_error, rounding
 from tiny import MODELS, branching, chain, separate_chains, tiny_model
 
 
@@ -166,14 +172,60 @@ def test_a_leak_in_attention_is_found(monkeypatch):
 
 def test_attention_that_differs_from_the_models_own_is_found(monkeypatch):
     """Planted: our attention takes the wrong scale."""
-    from preceptor.model.attention import runs
-
     attend, wrong = runs.attend_runs, runs.AttentionOptions(1.0)
     monkeypatch.setattr(
         runs, "attend_runs", lambda q, k, v, layout, options, seen: attend(q, k, v, layout, wrong, seen)
     )
     with pytest.raises(ModelError, match="between the model's own attention and ours"):
         check_isolation(tiny_model("llama"))
+
+
+def with_large_keys():
+    """bfloat16, with biases of queries and keys that are large in a few slow dimensions, as those of trained Qwen 2.
+
+    Eager attention rounds its scores of hundreds to bfloat16, before their softmax.
+    """
+    model = tiny_model("qwen2", hidden_size=128, head_dim=32, dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for part, size in ((attention.q_proj, 10.0), (attention.k_proj, 30.0)):
+            part.bias.data.view(-1, 32)[:, [14, 15, 30, 31]] = size
+    return model
+
+
+@pytest.mark.parametrize("check", [check_isolation, check_sequential])
+def test_kernels_that_are_more_exact_than_eager_attention_are_right(check):
+    model = with_large_keys()
+    ids, states = torch.arange(24)[None], {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        states[implementation] = model.model(input_ids=ids, use_cache=False).last_hidden_state.detach()
+    assert relative_error(states["sdpa"], states["eager"]) > 2 * rounding(torch.bfloat16)
+    check(model)
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"softcap": 30.0}, {"window": 6}])
+def test_attention_that_differs_is_found_beside_eager_attention_that_is_less_exact(wrong, monkeypatch):
+    """Planted: of another scale, soft-capped, under another mask."""
+    attend = runs.attend_runs
+
+    def other(query, key, value, layout, options, seen):
+        return attend(query, key, value, layout, replace(options, **wrong), seen)
+
+    monkeypatch.setattr(runs, "attend_runs", other)
+    with pytest.raises(ModelError, match="between the model's own attention and ours"):
+        check_isolation(with_large_keys())
+
+
+def test_on_a_gpu_the_probes_are_long_enough_for_flex(monkeypatch):
+    monkeypatch.setattr(checks, "device_type_of", lambda device: "cuda")
+    attend, lengths = runs.attend_runs, set()
+    monkeypatch.setattr(runs, "attend_runs", lambda query, *given: lengths.add(query.shape[2]) or attend(query, *given))
+    model = tiny_model("llama")
+    Engine(model)
+    lengths.clear()
+    check_isolation(model)
+    assert max(lengths) >= 2 * BLOCK
 
 
 def test_rotary_frequencies_that_follow_the_longest_conversation_are_rejected():

@@ -22,7 +22,7 @@ from preceptor.train.step import Objective, take_step
 from tiny import MODELS, branching, chain, tiny_model
 
 # compile is for GPUs, unless asked for; these models have no layers for the others
-ALL = {optimisation.name for optimisation in OPTIMISATIONS} - {"compile", "fused", "mixers", "adapters"}
+ALL = {optimisation.name for optimisation in OPTIMISATIONS} - {"compile", "fused", "mixers", "adapters", "token_rows"}
 POLICIES = [
     ActivationPolicy(),
     ActivationPolicy("recompute"),

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import pack_trees
+from preceptor.data.forest import Segment, Tree, attention_runs, pack_trees
 from preceptor.errors import ModelError
-from preceptor.model import checks
+from preceptor.model import checks, forward
 from preceptor.model.activations import layers
+from preceptor.model.activations.inputs import split_by_loss
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention import runs
+from preceptor.model.attention.layout import path_lengths
 from preceptor.model.attention.runs import attend_reference
 from preceptor.model.checks import check_isolation, check_phases
 from preceptor.model.forward import Engine
@@ -203,6 +205,64 @@ def test_the_last_layer_sees_only_loss_bearing_tokens():
     assert "last_layer" in Engine(model).state.optimisations
     Engine(model)(sequence)
     assert sizes == {0: sequence.num_tokens, 1: sequence.num_trained}
+
+
+def last_layer_tokens(model, sequence, policy=EXACT[0]):
+    """How many go through its MLP; loss and gradient."""
+    engine, sizes = Engine(model), []
+    hook = model.model.layers[-1].mlp.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[1]))
+    found = loss_and_grads(model, engine(sequence, policy))
+    hook.remove()
+    return sizes[0], found
+
+
+@pytest.mark.parametrize(("num_turns", "spared"), [(4, True), (7, True), (8, False), (40, False)])
+def test_of_many_turns_the_last_layer_is_not_taken_apart(num_turns, spared, monkeypatch):
+    """N pieces would have (N + 1) / 2 times the keys of the conversation."""
+    monkeypatch.setattr(forward, "_FEW_KEYS", 0)
+    model = tiny_model("llama", dtype=torch.float64)
+    sequence = pack_trees([chain(np.random.default_rng(0), (5, 3) * num_turns)])
+    num_tokens, found = last_layer_tokens(model, sequence)
+    assert num_tokens == (sequence.num_trained if spared else sequence.num_tokens)
+    assert_same(found, loss_and_grads(model, whole(model, sequence)), 1e-11)
+
+
+def shared_prompt(num_tokens, num_conversations):
+    segments = [Segment("context", (7,) * num_tokens, None)]
+    for _ in range(num_conversations):
+        segments += [Segment("context", (8,) * 6, 0), Segment("target", (9,) * 2, len(segments))]
+    return Tree("shared:1", tuple(segments))
+
+
+@pytest.mark.parametrize(("device_type", "spared"), [("cpu", True), ("cuda", False)])
+def test_branches_join_their_paths_in_the_whole_layer_too_but_not_by_flex(device_type, spared, monkeypatch):
+    monkeypatch.setattr(forward, "_FEW_KEYS", 0)
+    monkeypatch.setattr(forward, "device_type_of", lambda device: device_type)
+    model, sequence = tiny_model("llama"), pack_trees([shared_prompt(100, 12)])
+    keys = [sum(path_lengths(each)[1]) for each in (attention_runs(sequence.spans), split_by_loss(sequence)[1].runs)]
+    assert keys[0] > keys[1] > 4 * sequence.num_tokens
+    num_tokens, _ = last_layer_tokens(model, sequence)
+    assert num_tokens == (sequence.num_trained if spared else sequence.num_tokens)
+
+
+@pytest.mark.parametrize("turns", [(60, 20) * 8, (180, 20) * 10])
+def test_few_copied_keys_are_no_reason_to_compute_more(turns):
+    model, sequence = tiny_model("llama"), pack_trees([chain(np.random.default_rng(0), turns)])
+    assert last_layer_tokens(model, sequence)[0] == sequence.num_trained
+
+
+@pytest.mark.parametrize("policy", [ActivationPolicy(), ActivationPolicy("full", "all")], ids=str)
+def test_attention_without_a_kernel_for_parts_of_a_sequence_runs_whole(policy, monkeypatch):
+    """As soft-cap and sinks on a GPU."""
+
+    def flex(query, key, value, layout, options):
+        layout.whole_alone = layout.subtree_end_T is not None
+
+    monkeypatch.setattr(runs, "fast_path", flex)
+    model, sequence = tiny_model("gemma2", dtype=torch.float64), SEQUENCES["packed"]
+    num_tokens, found = last_layer_tokens(model, sequence, policy)
+    assert num_tokens == sequence.num_tokens
+    assert_same(found, loss_and_grads(model, whole(model, sequence)), rounding_in_float64("gemma2"))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -260,6 +260,22 @@ def test_a_gpu_takes_other_paths_than_a_cpu():
         assert two == pytest.approx(2 * one, rel=0.01)
 
 
+def activations_on_a_gpu(kind, turns):
+    dry_run = dry_run_like(tiny_model(kind, **SIZES | {"head_dim": 16, "num_key_value_heads": 8}))
+    setup = Setup("bfloat16", True, device_type="cuda")
+    moments = dry_run.step(setup, KEEP_ALL, Work((turns,)).sequence(), 512)
+    return step_memory(setup, dry_run.parameters(), moments).components["activations"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("num_turns", [1, 4, 32])
+def test_no_number_of_turns_takes_more_than_to_train_all_tokens(kind, num_turns):
+    """The paths of a last layer's pieces are copied while they are few; soft-cap and sinks know no pieces."""
+    of_all = activations_on_a_gpu(kind, ((0, 4096),))
+    found = activations_on_a_gpu(kind, ((3072 // num_turns, 1024 // num_turns),) * num_turns)
+    assert found <= 1.01 * of_all
+
+
 def test_what_cannot_run_without_values_is_said(monkeypatch):
     model = tiny_model("llama", **SIZES)
     dry_run = dry_run_like(model)

@@ -15,11 +15,12 @@ from preceptor import config
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.train import loop
+from preceptor.train import run as execution
 from preceptor.train.build import build_model
 from preceptor.train.checkpoint import State
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.step import Objective
+from preceptor.train.step import Objective, begin_peak
 from runs import execute
 
 QUIET = Console(quiet=True)
@@ -197,3 +198,19 @@ def test_lora_trains_the_adapter_and_the_new_tokens_only(run_file):
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name or "trainable_tokens" in name for name in trained)
     assert any("trainable_tokens" in name for name in trained)
+
+
+def test_the_peak_of_a_run_is_that_of_its_steps(run_file, monkeypatch):
+    """On a GPU; that of loading and of the proofs would stand beside the prediction of a step."""
+    order = []
+    monkeypatch.setattr(execution, "begin_peak", lambda device: order.append("begin_peak"))
+    for module, name in ((execution, "build"), (execution, "preflight"), (loop, "take_step")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *g, own=own, name=name, **n: order.append(name) or own(*g, **n))
+    train(run_file(), "train.duration=2 steps")
+    assert order == ["begin_peak", "build", "preflight", "begin_peak", "take_step", "take_step"]
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    for device in ("cpu", "cuda:1"):
+        begin_peak(device)
+    assert asked == ["cuda:1"]

@@ -64,13 +64,18 @@ class Waits(TorchDispatchMode):
 
 
 def model_of(kind, adapter=False, **settings):
+    """adapter: `new tokens` has some rows trained beside it."""
     model = tiny_model(kind, **settings)
-    return add_adapter(model, 4, 8.0, 0.0, None, [], seed=0) if adapter else model
+    new_ids = [61, 63] if adapter == "new tokens" else []
+    return add_adapter(model, 4, 8.0, 0.0, None, new_ids, seed=0) if adapter else model
+
+
+MODELS = [("qwen3", False), ("llama", True), ("gemma2", False), ("qwen3", "new tokens")]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize(("kind", "adapter"), [("qwen3", False), ("llama", True), ("gemma2", False)])
+@pytest.mark.parametrize(("kind", "adapter"), MODELS)
 def test_nothing_looks_at_a_result_within_a_step(kind, adapter, policy, precision, monkeypatch):
     model = model_of(kind, adapter)
     state = State(model, build_optimizer(model, 0.1, (0.9, 0.95)))
@@ -123,14 +128,19 @@ def test_a_look_is_found():
 
 @pytest.mark.parametrize("device_type", [None, "cuda"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("adapter", [False, True])
-def test_what_the_passes_read_of_a_sequence_is_copied_once_without_a_wait(adapter, policy, device_type, monkeypatch):
-    """device_type: whose kernels are chosen."""
+@pytest.mark.parametrize("adapter", [False, True, "new tokens"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_the_passes_read_of_a_sequence_is_copied_once_without_a_wait(
+    kind, adapter, policy, device_type, monkeypatch
+):
+    """device_type: whose kernels are chosen. What a model keeps of new tokens is there since a pass before."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # torch knows none for the meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    model = model_of("llama", adapter, num_hidden_layers=3, head_dim=16).to("meta")
+    model = model_of(kind, adapter, num_hidden_layers=3, head_dim=16).to("meta")
     with dry_run_for(device_type) if device_type else nullcontext():
         install(model, check=False)
+        if adapter == "new tokens":
+            accumulate_gradients(Engine(model), [CHAINS], 1.0, "float32", Objective(policy), "here")
         with Waits() as waits:
             losses, _ = accumulate_gradients(Engine(model), [CHAINS, TREES], 2.0, "float32", Objective(policy), "here")
     assert waits.looks == [] and len(losses) == 2

@@ -311,6 +311,17 @@ def test_compiled_updates_are_the_same_and_no_step_makes_another_graph(name, rou
             assert torch.equal(p, q) and all(torch.equal(value, other[key]) for key, value in own.items())
 
 
+@pytest.mark.parametrize("intermediate_size", [168, 296])
+def test_the_trial_of_8_bit_states_makes_all_graphs_that_a_step_needs(intermediate_size, on_a_gpu):
+    """Rows of whole blocks, of less than one, of one or two and a rest; what fails in step 1 would end the run."""
+    model = tiny_model("llama", hidden_size=256, intermediate_size=intermediate_size)
+    optimizer = built(model, "adamw_8bit")
+    compile_update(optimizer, torch.device("cpu"), lambda line: None)
+    made = compiled.num_graphs()
+    take_steps(model, optimizer, 1)
+    assert 0 < made == compiled.num_graphs()
+
+
 def fails(*_, **__):
     raise RuntimeError("backend='inductor' raised:\nmore")
 

@@ -1,6 +1,7 @@
 """What cannot work is found before step 1, by name; what can leaves no trace of having been tried."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,76 @@ def test_an_error_of_another_kind_gives_no_kernel_up(kernels):
     assert not any("switched off" in line for line in lines)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_goes_on_without_a_kernel_whose_numbers_are_wrong(precision, kernels, monkeypatch):
+    """It shows what it must not, or scales wrongly: no reason to read each conversation alone."""
+
+    def attend(query, key, value, layout, options, seen):
+        cuda._in_use.add(cuda.FLEX)
+        wrong = runs.AttentionOptions(2 * options.scale, options.window, options.softcap, options.sinks)
+        return runs.attend_runs(query, key, value, layout, wrong, seen)
+
+    monkeypatch.setattr(runs, "fast_path", lambda *_: None if cuda.FLEX in cuda._given_up else attend)
+    lines = []
+    proved, _ = preflight(tiny_model("llama"), loader(), precision, lines.append)
+    (said,) = [line for line in lines if "switched off" in line]
+    assert not proved.alone and "ModelError: llama: hidden states move between the model's own attention" in said
+    assert list(kernels()["kernels_given_up"]) == ["flex_attention"]
+
+
+def test_a_proof_that_fails_without_the_kernels_too_gives_none_up(kernels):
+    cuda._in_use.add(cuda.FLEX)
+    lines = []
+    proved, _ = preflight(tiny_model("stablelm"), loader(), "float32", lines.append)
+    assert proved.alone and kernels() == {} and not any("switched off" in line for line in lines)
+
+
+def test_a_sequence_that_does_not_fit_is_not_tried_again_without_the_kernels(kernels):
+    cuda._in_use.add(cuda.FLEX)
+    tries = []
+
+    def fails():
+        tries.append(1)
+        raise_cuda()
+
+    with pytest.raises(ModelError, match=r"largest sequence of the run, \d+ tokens"):
+        preflight(tiny_model("llama"), loader(), "float32", lambda _: None, objective=fails_on_largest(fails))
+    assert len(tries) == 1 and kernels() == {}
+
+
+@pytest.mark.parametrize("name", ["check_isolation", "check_phases", "_Proofs._isolated", "_Proofs._summed"])
+def test_each_comparison_of_attention_is_tried_again_without_the_kernel(name, kernels, monkeypatch):
+    cuda._in_use.add(cuda.FLEX)
+
+    def proof(*_):
+        if cuda.FLEX not in cuda._given_up:
+            raise ModelError("of other numbers")
+
+    monkeypatch.setattr(f"preceptor.train.preflight.{name}", proof)
+    proved, _ = preflight(tiny_model("llama"), loader(), "float32", lambda _: None)
+    assert not proved.alone and kernels() == {"kernels_given_up": {cuda.FLEX: "ModelError: of other numbers"}}
+
+
+@pytest.mark.parametrize("name", ["check_head", "check_compiled", "check_fused", "accumulate_gradients"])
+def test_a_proof_that_compares_no_attention_is_not_tried_again_without_the_kernels(name, kernels, monkeypatch):
+    """That of the head, of compiled layers or parts, of the largest sequence (of which a loss may be nan)."""
+    cuda._in_use.add(cuda.FLEX)
+    tries = []
+
+    def fails(*_):
+        tries.append(name)
+        raise ModelError("of other numbers")
+
+    monkeypatch.setattr(proofs, "no_compiler", lambda device: None)
+    monkeypatch.setattr(proofs, "check_fused", lambda *_: None)
+    monkeypatch.setattr(proofs, name, fails)
+    model = tiny_model("llama")
+    install(model, "compiled" if name == "check_compiled" else "efficient")
+    with nullcontext() if name == "check_fused" else pytest.raises(ModelError, match="of other numbers"):
+        preflight(model, loader(), "float32", lambda _: None)
+    assert tries == [name] and kernels() == {}
+
+
 # Several processes ----------------------------------------------------------------------------------------------------
 
 
@@ -373,3 +444,28 @@ def test_of_a_sharded_model_the_error_of_one_process_ends_all(monkeypatch):
 
     first, second = run_ranks(2, work)
     assert "no space left on device" in str(second) and isinstance(first, Silenced)
+
+
+@pytest.mark.parametrize(("error", "num_asked"), [(NoSuchKernel("no space left on device"), 1), (ModelError("nan"), 0)])
+def test_the_other_processes_are_waited_for_once(error, num_asked, kernels, monkeypatch):
+    """Also where attention's kernels and compiled parts could each be the cause."""
+
+    class Alone:
+        asked = 0
+
+        def fails_everywhere(self, name):
+            self.asked += 1
+            return False
+
+    def fails(self, sequence):
+        raise error
+
+    cuda._in_use.add(cuda.FLEX)
+    monkeypatch.setattr(proofs, "is_sharded", lambda _: True)
+    monkeypatch.setattr(proofs._Proofs, "_fits", fails)
+    world, engine = Alone(), Engine(tiny_model("llama"))
+    engine.state.optimisations.add("fused")
+    proved = proofs._Proofs(engine, loader(), "float32", print, Objective(), (0, 0), world)
+    with pytest.raises(type(error)):
+        proved._prove_fit(loader().largest_sequences()[0])
+    assert world.asked == num_asked and kernels() == {}

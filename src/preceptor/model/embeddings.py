@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -197,3 +198,26 @@ def num_token_rows(model: nn.Module) -> int:
     """How many tokens have rows that are trained as they are, beside an adapter; 0 without one."""
     rows = [config.trainable_token_indices for config in getattr(model, "peft_config", {}).values()]
     return max((len(ids) for by_name in rows if by_name for ids in by_name.values()), default=0)
+
+
+class KeptTokenRows(nn.Module):
+    """peft's layer of rows that are trained beside a frozen table. `engine_settings`: their numbers, by adapter.
+
+    peft copies the numbers to the device in each pass, for which the host waits; here they are kept there.
+    """
+
+    def rows_of(self, adapter: str) -> Tensor:
+        layer: Any = self
+        kept, device = layer.engine_settings, layer.base_layer.weight.device
+        if adapter not in kept or kept[adapter].device != device:
+            kept[adapter] = torch.tensor(layer.token_indices[adapter], device=device)
+        rows_R: Tensor = kept[adapter]
+        return rows_R
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
+        layer: Any = self
+        weight_VD: Tensor = layer.base_layer.weight
+        for adapter in active_adapters:
+            rows_RD = layer.trainable_tokens_delta[adapter].to(weight_VD)
+            weight_VD = weight_VD.index_copy(0, self.rows_of(adapter), rows_RD)
+        return weight_VD

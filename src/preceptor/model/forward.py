@@ -3,14 +3,14 @@
 Legend: T tokens of a sequence, M tokens whose hidden states are asked for, D hidden size, N trained tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from preceptor.data.forest import PackedSequence
+from preceptor.data.forest import AttentionRun, PackedSequence, attention_runs
 from preceptor.errors import ModelError
 from preceptor.model.activations.inputs import SequenceInputs, phases, split_by_loss
 from preceptor.model.activations.modules import gradient_of, takes_gradient_in_place
@@ -20,18 +20,25 @@ from preceptor.model.activations.passes import (
     decode_whole,
     no_phases,
 )
+from preceptor.model.attention.layout import path_lengths
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy, output_head
 from preceptor.model.optimisations import install
 from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, LossOptions
-from preceptor.model.parts import decoder_of
+from preceptor.model.parts import decoder_of, device_of
 from preceptor.model.routers import watch_routers
+from preceptor.model.sizes import device_type_of
 
 T = TypeVar("T")
 
 Penalty = Callable[[Tensor, Tensor, Head, PackedSequence, float], Tensor]
 """(hidden_MD, source_N, head, sequence, divisor) -> what is added to the loss."""
 
-_WORTH = 8  # the last layer is spared for context-only tokens if they are at least one in so many
+# The last layer is spared for context-only tokens if they are at least one in so many,
+_WORTH = 8
+# and if the loss-bearing pieces, whose paths are copied one by one, join at most so many keys (4 KiB each in a model of
+# 8B), or at most so many times those of the whole layer.
+_FEW_KEYS = 65_536
+_MOST_KEYS = 4
 
 
 class Engine(nn.Module):
@@ -162,9 +169,22 @@ class Engine(nn.Module):
             return SequenceInputs.of(self.model, sequence, plan, num_levels=num_levels, balanced=balanced)
         if sequence.num_trained and "last_layer" in self.state.optimisations and not balanced:
             split = split_by_loss(sequence)
-            if _WORTH * (sequence.num_tokens - split[1].num_tokens) >= sequence.num_tokens:
+            is_worth = _WORTH * (sequence.num_tokens - split[1].num_tokens) >= sequence.num_tokens
+            if is_worth and self._joins_few_keys(sequence, split[1].runs):
                 return SequenceInputs.of(self.model, sequence, split=split)
         return SequenceInputs.of(self.model, sequence, balanced=balanced)
+
+    def _joins_few_keys(self, sequence: PackedSequence, runs: Sequence[AttentionRun]) -> bool:
+        """Of N turns in one chain `runs` join (N + 1) / 2 times its tokens, which are the keys of the whole layer.
+
+        Of branches that joins the paths as well; not on a GPU, where flex attention copies none.
+        """
+        num_keys = sum(path_lengths(runs)[1])
+        if num_keys <= _FEW_KEYS:
+            return True
+        on_gpu = device_type_of(device_of(self.model)) == "cuda"
+        num_whole = sequence.num_tokens if on_gpu else sum(path_lengths(attention_runs(sequence.spans))[1])
+        return num_keys <= _MOST_KEYS * num_whole
 
     def _loss_hidden_states(self, inputs: SequenceInputs, policy: ActivationPolicy) -> tuple[Tensor, Tensor]:
         if inputs.by_phases:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
@@ -33,6 +34,7 @@ from preceptor.model.activations.modules import (
 from preceptor.model.activations.passes import ModelState, adopt, decode_whole, release
 from preceptor.model.attention.cuda import with_kernels_that_run
 from preceptor.model.compiled import why_not
+from preceptor.model.embeddings import KeptTokenRows
 from preceptor.model.numerics import FAILURES, relative_error, rounding
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating, path_mixers
 from preceptor.model.routers import unwatch_routers
@@ -146,6 +148,10 @@ def _adapters(model: nn.Module) -> dict[nn.Module, Any]:
     return {module: None for module in adapted if all(is_products_alone(module, name) for name in module.lora_A)}
 
 
+def _token_rows(model: nn.Module) -> dict[nn.Module, Any]:
+    return {module: {} for module in causal_lm(model).modules() if isinstance(module, TrainableTokensLayer)}
+
+
 def _embedding(model: nn.Module) -> dict[nn.Module, Any]:
     layer = decoder_of(model).get_input_embeddings()
     return {layer: None} if isinstance(layer, nn.Embedding) and layer.max_norm is None else {}
@@ -196,6 +202,7 @@ OPTIMISATIONS = (
     Optimisation("fused", within="efficient", is_proved_first=True),  # both, and the loss, compiled each by itself
     Optimisation("linear", SharedCastLinear, _linear_layers, within="efficient"),  # layers share half-precision copies
     Optimisation("adapters", FusedAdapter, _adapters),  # added to their layer's product in place
+    Optimisation("token_rows", KeptTokenRows, _token_rows),  # of new tokens beside an adapter: found without a wait
     Optimisation("embedding_gradient", AccumulatingEmbedding, _embedding),  # in place
     Optimisation("head_gradient"),  # in place; the head's half-precision copy once a step
     Optimisation("last_layer"),  # for loss-bearing tokens only

@@ -17,7 +17,7 @@ from preceptor.model.numerics import require_close
 from preceptor.model.parts import decoder_layers, matches, require_factors_fit
 from preceptor.model.sharding import own_part
 from preceptor.plan.devices import host_memory_bytes
-from preceptor.plan.memory import BLOCK, LOW, OptimizerName, rule_of, state_tensors, weight_update_bytes
+from preceptor.plan.memory import LOW, OptimizerName, rule_of, state_tensors, weight_update_bytes
 from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit, narrow, torch_rule
 from preceptor.world import ONE, World
 
@@ -120,12 +120,25 @@ def compile_update(
         say(f"the optimizer's update is not compiled: {why or 'another process cannot'}")
 
 
+@torch.no_grad()  # as a step is: else another graph is made
 def _trial_of_8bit(optimizer: WeightwiseOptimizer, device: torch.device) -> None:
-    """A second step of a matrix, in whole blocks and what is left of its rows. Raises ModelError."""
+    """A second step of a matrix with rows as long as those of each matrix of the run: for another graph is made where
+    they are whole blocks, where some of a row is left, and for each number that is left. Raises ModelError.
+    """
+    of_rule = (group["params"] for group in optimizer.param_groups if group["rule"] == "adamw_8bit")
+    for columns in sorted({parameter.shape[-1] for parameters in of_rule for parameter in parameters}):
+        _trial_of_rows(optimizer, device, columns)
+
+
+_TRIED = 1 << 15  # elements at least, as a last bit decides of a code now and then
+
+
+def _trial_of_rows(optimizer: WeightwiseOptimizer, device: torch.device, columns: int) -> None:
     found = []
     for compiled in (False, True):
         generator = torch.Generator().manual_seed(0)
-        weight, *gradients = torch.randn(3, 64, 2 * BLOCK + 40, generator=generator).to(device)
+        drawn = torch.randn(3, max(64, _TRIED // columns), columns, generator=generator).to(device)
+        weight, *gradients = (each.clone() for each in drawn)  # of one memory they would be another graph
         state: dict[str, Tensor] = {}
         for key, (weight.grad, ways) in enumerate(zip(gradients, (False, compiled), strict=True)):
             optimizer.rules["adamw_8bit"](weight, state, {"lr": 0.1, "weight_decay": 0.1}, key, ways)
@@ -141,6 +154,7 @@ def _trial_of_8bit(optimizer: WeightwiseOptimizer, device: torch.device) -> None
             require_close(others[name], value, f"compiled, {name} is another one", "", bound=1e-5)
 
 
+@torch.no_grad()
 def _trial_of_rounding(optimizer: WeightwiseOptimizer, device: torch.device) -> None:
     """To the bit: it is arithmetic of integers. Raises ModelError."""
     assert optimizer.rounding is not None

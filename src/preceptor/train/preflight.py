@@ -102,6 +102,7 @@ class _Proofs:
     reserved: tuple[int, int]
     world: World = ONE
     _num_failed: int = 0
+    _in_step: bool = True
 
     def all(self) -> Loader | StreamLoader:
         """Prove all; the loader of sequences that the model can read."""
@@ -113,6 +114,7 @@ class _Proofs:
             self._prove(
                 "packed conversations do not see each other (random tokens)",
                 lambda: engine.call(lambda: check_isolation(model)),
+                compares=True,
             )
         except ModelError as error:
             reason = str(error).partition(" Use a")[0].rstrip(".")  # there is another way than another model
@@ -124,7 +126,7 @@ class _Proofs:
             accumulate_in_float32(model)  # of the several passes of a step
         trees: list[Tree] = []
         if not self.loader.alone:
-            self._prove("", lambda: engine.call(lambda: check_phases(model, self.objective.policy)))
+            self._prove("", lambda: engine.call(lambda: check_phases(model, self.objective.policy)), compares=True)
             if (dropout := attention_dropout(decoder_of(model).config)) is not None:
                 self.say(
                     "{} of {:g} is off: packed conversations are trained without dropout in attention".format(*dropout)
@@ -132,8 +134,9 @@ class _Proofs:
             trees = _sample(self.loader)
         if len(trees) > 1:
             of_this_run = f"{len(trees)} of this run, {sum(tree.num_tokens for tree in trees):,} tokens"
-            self._prove(f"packed conversations do not see each other ({of_this_run})", lambda: self._isolated(trees))
-            self._prove("the loss of a sequence is the sum of its conversations' losses", lambda: self._summed(trees))
+            apart, summed = (lambda: self._isolated(trees)), (lambda: self._summed(trees))
+            self._prove(f"packed conversations do not see each other ({of_this_run})", apart, compares=True)
+            self._prove("the loss of a sequence is the sum of its conversations' losses", summed, compares=True)
         if engine.state.compiles:
             self._settle_compiling(trees)
         is_plain = not engine.state.optimisations
@@ -168,15 +171,15 @@ class _Proofs:
             self._prove("", lambda: self._fits(sequence))
         return list(kernels().get("kernels_given_up", {})), engine.state.fused
 
-    def _prove(self, proved: str, prove: Callable[[], None]) -> None:
-        """Prove; again without the fused attention that fails."""
+    def _prove(self, proved: str, prove: Callable[[], None], compares: bool = False) -> None:
+        """Prove; again without the fused attention that fails, or, where `compares`, whose numbers differ."""
 
         def prove_anew() -> None:
             self.engine.model.zero_grad(set_to_none=True)  # of a backward that failed
             prove()
 
         started = time.perf_counter()
-        with_kernels_that_run(prove_anew, self._say_switched_off, self._may_repeat)
+        with_kernels_that_run(prove_anew, self._say_switched_off, self._may_repeat, compares)
         if proved:
             self._say_proved(proved, started)
 
@@ -184,14 +187,15 @@ class _Proofs:
         self.say(f"proved: {proved} ({time.perf_counter() - started:.1f} s)")
 
     def _may_repeat(self) -> bool:
-        """After a failure of this process, whether the others will be where it begins anew."""
+        """After a failure of this process, whether the others will be where it begins anew: once not, never."""
         if not is_sharded(self.engine):
             return True
-        self._num_failed += 1
-        alike = self.world.fails_everywhere(f"failure {self._num_failed} before step 1")
-        if alike:
+        if self._in_step:
+            self._num_failed += 1
+            self._in_step = self.world.fails_everywhere(f"failure {self._num_failed} before step 1")
+        if self._in_step:
             cast(Any, self.engine).reset_iter_state()  # FSDP2's, of a pass that was broken off
-        return alike
+        return self._in_step
 
     def _say_switched_off(self, kernel: str, error: str) -> None:
         self.say(f"attention kernel {kernel} failed on this GPU and is switched off for this run: {error}")

@@ -43,7 +43,7 @@ from preceptor.train.provenance import amounts, record_of_first, session, write_
 from preceptor.train.quantized import take_adapter
 from preceptor.train.run_folder import RunFolder, longer
 from preceptor.train.signals import StopRequest
-from preceptor.train.step import Objective, own_loss, peak_memory_bytes, require_finite_loss
+from preceptor.train.step import Objective, begin_peak, own_loss, peak_memory_bytes, require_finite_loss
 from preceptor.train.windows import WindowRecord
 from preceptor.world import ONE, World
 
@@ -105,6 +105,7 @@ class Training:
                 self.loop = Loop(
                     prepared.run, objective, state, loader, evaluations, display, folder, checkpoints, self.stop, world
                 )
+                begin_peak(state.model.device)  # loading and proofs may have needed more than a step
                 try:
                     yield from self.loop.steps()
                 finally:
@@ -134,6 +135,7 @@ class Training:
         run = prepared.run
         assert run.train.precision is not None, "resolved above"
         self._precision = run.train.precision
+        begin_peak(device)
         memory_before_bytes = peak_memory_bytes(device)
         own_loss(run.loss)  # what cannot be is said before the model is loaded
         torch.manual_seed(run.train.seed)

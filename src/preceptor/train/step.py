@@ -288,8 +288,14 @@ def skip_step(
     return {"skipped": f"{error}, {whose} {shown}; skipped, {num_skipped + 1} of {most}", "examples": examples}
 
 
+def begin_peak(device: torch.device | str) -> None:
+    """Let the peak of a CUDA device begin here: what was allocated before is gone. That of a process is for life."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """The peak so far: allocated by torch on a CUDA device, else the resident memory of this process."""
+    """Allocated by torch on a CUDA device since `begin_peak`, else the resident memory of this process so far."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,8 @@
                    the layer's `forward`, so that hooks on the layer run as always; only the attention's own hooks after
                    `forward` do not
     parts          the last layer takes all tokens and returns the loss-bearing ones; of the others it computes keys and
-                   values only. Its arguments are cut by token, those named in CUT alone
+                   values only. Its arguments are cut by token, those named in CUT alone. Where attention has no fused
+                   kernel for parts (soft-cap and sinks on a GPU) it runs whole, and its output is cut
 
 The layer's own code runs, unchanged, on the tokens that it is given.
 
@@ -128,6 +129,8 @@ class EngineLayer(nn.Module):
         (context_M, before), (bearing_M, after) = ((at_M, layout.for_pass()) for at_M, layout in (context, bearing))
         before.keys_only, before.recorded = True, {}
         after.masks.scratch = forest.masks.scratch
+        if forest.whole_alone:
+            return _cut(self._forward(*given, forest=forest, **named), bearing_M, hidden.shape[1])
         if before.runs:
             hidden_MD, others = cut(context_M)
             self._record_keys(hidden_MD, forest=before, **others)

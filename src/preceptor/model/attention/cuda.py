@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
-from preceptor.errors import PreceptorError, first_line, is_out_of_memory
+from preceptor.errors import ModelError, PreceptorError, first_line, is_out_of_memory
 from preceptor.model import compiled
 from preceptor.model.attention.layout import (
     AttentionOptions,
@@ -71,6 +71,7 @@ def fast_path(
     copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
         return attend_varlen
+    layout.whole_alone = layout.whole_alone or (by_flex and not by_varlen)
     return attend_flex if by_flex else None
 
 
@@ -129,28 +130,36 @@ def with_kernels_that_run(
     run: Callable[[], T],
     gave_up: Callable[[str, str], None] = lambda kernel, error: None,
     may_repeat: Callable[[], bool] = lambda: True,
+    compares: bool = False,
 ) -> T:
     """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
 
     Triton may have none for heads of this size on this GPU, in forward or in backward alone. Where `run` fails without
     the kernels too, they are not the cause: they are used again. may_repeat: asked after a failure, before `run` is run
-    again.
+    again. compares: a ModelError of `run` is that of numbers which differ, perhaps a kernel's; it is the one that is
+    raised then, whatever fails without the kernels.
     """
     given_up: dict[str, str] = {}
+    first: Exception | None = None
     while True:
         try:
             result = run()
         except Exception as error:  # Triton's own errors are of no common kind
             words = f"{type(error).__name__}: {first_line(error)}"
-            is_other = isinstance(error, PreceptorError) or is_out_of_memory(error) or not replaceable_kernels()
-            kernel = None if is_other or not may_repeat() else give_up_kernel(words)
+            differs = compares and isinstance(error, ModelError)
+            is_other = is_out_of_memory(error) or (isinstance(error, PreceptorError) and not differs)
+            kernel = None if is_other or not replaceable_kernels() or not may_repeat() else give_up_kernel(words)
             if kernel is None:
                 for name in given_up:
                     del _given_up[name]
                     if name != FLEX:
                         attention.activate_flash_attention_impl(name)
+                if first is not None:
+                    raise first from None
                 raise
             given_up[kernel] = words
+            if differs:
+                first = first or error.with_traceback(None)  # its frames hold tensors
         else:
             for name, words in given_up.items():
                 gave_up(name, words)

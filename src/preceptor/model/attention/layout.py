@@ -128,6 +128,8 @@ class ForestLayout:
     sequence. dense: attention by the dense mask, as the plain engine has it; there keys and values of `constant_T` get
     no gradient. made: what a kernel needs besides, made by the first layer that asks and kept for all others.
 
+    whole_alone: some layer's attention has a fused kernel for a whole sequence, and none for parts of it.
+
     kept: for each attention module, keys and values of the ranges that earlier phases computed. recorded: where the
     modules leave theirs, with the earlier ones, for the phases to come; None: nowhere, as when a layer runs again in
     backward and its keys are known already. keys_only: attention stops the layer once these are recorded.
@@ -145,7 +147,7 @@ class ForestLayout:
     ) -> None:
         self.runs, self.masks, self.lengths = runs, PathMasks(runs), lengths
         self.subtree_end_T, self.position_T = subtree_end_T, position_T
-        self.dense = False
+        self.dense = self.whole_alone = False
         self.constant_T: Tensor | None = None
         self.made: dict[Any, Any] = {}
         self.kept: Mapping[nn.Module, RangesSeen] = {}

@@ -372,5 +372,6 @@ def _weight(layer: Any) -> tuple[Tensor, TrainedRows | None]:
     if len(wrapper.active_adapters) != 1 or wrapper.base_layer.weight.requires_grad:
         return merged_VD, None
     name = wrapper.active_adapters[0]
-    rows_R = torch.tensor(wrapper.token_indices[name], device=merged_VD.device)
+    kept = hasattr(wrapper, "rows_of")  # embeddings.py
+    rows_R = wrapper.rows_of(name) if kept else torch.tensor(wrapper.token_indices[name], device=merged_VD.device)
     return merged_VD, TrainedRows(rows_R, wrapper.trainable_tokens_delta[name])
