@@ -1,5 +1,6 @@
 """Files that are whole or not there, and errors that name them."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,21 @@ def test_lines_are_read_as_far_as_they_are_complete(tmp_path):
     file.write_text("[1]\n")
     with pytest.raises(CheckpointError, match=r"a\.jsonl:1: list, not an object"):
         files.read_json_lines(file)
+
+
+def test_a_line_for_which_there_is_no_room_leaves_no_half_of_it(tmp_path):
+    """The next one would be joined to it."""
+    file = tmp_path / "log.jsonl"
+    files.append_line(file, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"log\.jsonl"):
+            files.append_line(file, {"step": 2, "text": "longer than there is room"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    files.append_line(file, {"step": 3})
+    assert file.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_no_file_takes_the_place_of_a_folder(tmp_path):

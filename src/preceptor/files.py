@@ -172,8 +172,15 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
 
 def append_line(path: Path, value: Any) -> None:
     """Add one JSON line, flushed: a reader sees whole lines while the run goes on. Raises CheckpointError."""
-    with writing(path), path.open("a", encoding="utf-8") as lines:
-        lines.write(json_text(value) + "\n")
+    with writing(path):
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as lines:
+                lines.write(json_text(value) + "\n")
+        except OSError:
+            with suppress(OSError):  # half a line, to which the next one would be joined
+                os.truncate(path, size)
+            raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from conftest import conversations
 from preceptor import Run, SFTTrainer, config
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.train import evaluations
 from preceptor.train.prepare import prepare
 
 SETTINGS = {
@@ -272,6 +273,25 @@ def test_who_owns_the_loop_evaluates_and_saves_by_calls(tmp_path, live):
     assert run.result.evaluations[1].loss == found.loss
     with pytest.raises(ConfigError, match=r"evaluate\(\): belongs inside the loop"):
         run.evaluate()
+
+
+def test_an_evaluation_that_could_not_be_written_is_written_before_the_next_one(tmp_path, live, monkeypatch):
+    append, left = evaluations.append_line, [1]
+
+    def full_once(path, line):
+        if path.name == "eval.jsonl" and line["step"] == 2 and left:
+            left.clear()
+            raise CheckpointError("eval.jsonl: no room")
+        append(path, line)
+
+    monkeypatch.setattr(evaluations, "append_line", full_once)
+    run = run_of(tmp_path, live(), eval_rows=conversations(3), checkpoint={"every": None})
+    for step in run.steps():
+        if step.number == 2:
+            with pytest.raises(CheckpointError, match="no room"):
+                run.evaluate()
+    for name in ("eval.jsonl", "samples.jsonl"):
+        assert [line["step"] for line in lines(tmp_path / "run", name)] == [0, 2, 3, 4]
 
 
 def test_a_loop_that_saves_each_step_obeys_the_file_STOP(tmp_path, live):

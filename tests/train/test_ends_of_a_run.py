@@ -1,5 +1,7 @@
 """How a run ends or goes on: the best model, early, skipped steps, files that ask, checkpoints by the clock."""
 
+import errno
+import io
 import json
 import signal
 import threading
@@ -18,7 +20,7 @@ from preceptor import config
 from preceptor.data.forest import empty_sequence
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, DataError, ModelError
-from preceptor.train import checkpoint, loop
+from preceptor.train import checkpoint, evaluations, loop
 from preceptor.train import step as stepping
 from preceptor.train.prepare import prepare
 from preceptor.train.signals import EXIT_CODE, Stopped, StopRequest
@@ -299,6 +301,121 @@ def test_the_steps_before_one_that_is_not_finite_are_not_lost(run_file, tmp_path
     execute(prepare(config.load(file, ["train.max_skipped=1", f"out={tmp_path}/whole"])), QUIET)
     assert ["skipped" in line for line in lines(tmp_path / "run")] == [False, False, True, False]
     assert equal(model(tmp_path / "run"), model(tmp_path / "whole"))
+
+
+def nan_weights(patch, at):
+    """Step `at` finds weights that are NaN, so that no checkpoint of them can be saved."""
+    take_step = loop.take_step
+
+    def taking(state, *arguments):
+        if state.step + 1 == at:
+            next(iter(state.trained.values())).data.fill_(float("nan"))
+        return take_step(state, *arguments)
+
+    patch.setattr(loop, "take_step", taking)
+
+
+def not_finite(patch, at):
+    accumulate = stepping.accumulate_gradients
+
+    def accumulated(engine, sequences, divisor, precision, objective, where, *more):
+        losses, router_aux = accumulate(engine, sequences, divisor, precision, objective, where, *more)
+        return [loss * float("nan") if where.startswith(f"step {at}") else loss for loss in losses], router_aux
+
+    patch.setattr(stepping, "accumulate_gradients", accumulated)
+
+
+def lost_data(patch, at):
+    batch = Loader.batch
+
+    def lost(self, step, *ranks):
+        if step + 1 == at:
+            raise DataError("portion.flat: was altered")
+        return batch(self, step, *ranks)
+
+    patch.setattr(Loader, "batch", lost)
+
+
+def no_room(patch, step):
+    write = checkpoint.Checkpoints._write
+
+    def full(self, content, num_bytes, manifest):
+        if manifest["step"] == step:
+            raise CheckpointError(f"step-{step:08d}: no room") from OSError(errno.ENOSPC, "No space left on device")
+        write(self, content, num_bytes, manifest)
+
+    patch.setattr(checkpoint.Checkpoints, "_write", full)
+
+
+ENDING = {not_finite: (ModelError, r"step \d: .*not finite"), lost_data: (DataError, "was altered")}
+
+
+@pytest.mark.parametrize("end", ENDING)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_checkpoint_that_is_saved_as_an_error_ends_the_run_deletes_nothing(
+    run_file, tmp_path, monkeypatch, end, later
+):
+    """Neither the finished run that is being replaced nor an older checkpoint: they may be the better ones."""
+    file, folder = (
+        run_file(train__duration="6 steps", checkpoint__keep=1, checkpoint__async_save=later),
+        tmp_path / "run",
+    )
+    execute(prepare(config.load(file, ["checkpoint.every=null"])), QUIET)
+    kind, words = ENDING[end]
+    end(monkeypatch, 4)
+    for every, replace, saved in ("null", True, [3]), ("2 steps", False, [2, 3]):
+        out = [] if replace else [f"out={tmp_path}/other"]
+        with pytest.raises(kind, match=words):
+            execute(prepare(config.load(file, [f"checkpoint.every={every}", *out])), QUIET, replace=replace)
+        place = folder if replace else tmp_path / "other"
+        assert sorted(int(path.name[-8:]) for path in (place / "checkpoints").iterdir()) == saved
+    assert (folder / "replaced" / "model").is_dir()
+
+
+@pytest.mark.parametrize("end", [*ENDING, nan_weights])
+def test_what_ended_a_run_is_told_also_where_its_steps_cannot_be_saved(run_file, tmp_path, monkeypatch, end):
+    file = run_file(train__duration="6 steps", checkpoint__every="2 steps")
+    kind, words = ENDING.get(end, ENDING[not_finite])
+    end(monkeypatch, 6)
+    if end is not nan_weights:
+        no_room(monkeypatch, 5)
+    console = Console(record=True, width=400, file=io.StringIO())
+    with pytest.raises(kind, match=words):
+        execute(prepare(config.load(file)), console)
+    why = "NaN or infinite" if end is nan_weights else "step-00000005: no room"
+    said = [line for line in console.export_text().splitlines() if "could not be saved" in line]
+    assert len(said) == 1 and said[0].startswith("the steps since the last checkpoint could not be saved: ")
+    assert why in said[0]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("every", ["null", "4 steps"])
+def test_a_best_checkpoint_that_a_thread_loses_in_the_last_step_is_made_again(run_file, tmp_path, monkeypatch, every):
+    settings = {"checkpoint__best": "loss", "checkpoint__async_save": True, "eval__every": "3 steps"}
+    run = config.load(run_file(**settings, eval_rows=conversations(3)), [f"checkpoint.every={every}"])
+    measure, losses = evaluations.measure, iter([9.0, 1.0, 2.0, 1.0, 2.0])
+    monkeypatch.setattr(evaluations, "measure", lambda *given: {**measure(*given), "loss": next(losses)})
+    with monkeypatch.context() as patch:
+        no_room(patch, 3)
+        with pytest.raises(CheckpointError, match="step-00000003: no room"):
+            execute(prepare(run), QUIET)
+    assert not (tmp_path / "run" / "model").exists()
+    execute(prepare(run), QUIET)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["model_step"] == 3
+
+
+@pytest.mark.parametrize("every", ["null", "4 steps"])
+def test_a_checkpoint_that_a_thread_loses_costs_nothing_where_the_last_step_is_the_best(
+    run_file, tmp_path, monkeypatch, every
+):
+    settings = {"checkpoint__best": "loss", "checkpoint__async_save": True, "eval__every": "3 steps"}
+    run = config.load(run_file(**settings, eval_rows=conversations(3)), [f"checkpoint.every={every}"])
+    measure, losses = evaluations.measure, iter([9.0, 2.0, 1.0])
+    monkeypatch.setattr(evaluations, "measure", lambda *given: {**measure(*given), "loss": next(losses)})
+    no_room(monkeypatch, 3)
+    execute(prepare(run), QUIET)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["model_step"] == 4
 
 
 # Files that ask ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import CheckpointError
 from preceptor.files import append_line, write_json
-from preceptor.train import finish
+from preceptor.train import evaluations, finish
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.finish import require_room, save_at_the_end
 from preceptor.train.optimizer import build_optimizer
@@ -209,6 +209,33 @@ def test_an_outcome_and_a_checkpoint_without_room_are_tried_again(run_file, tmp_
     assert (tmp_path / "run" / "model").is_dir()
 
 
+@pytest.mark.parametrize("name", ["samples.jsonl", "eval.jsonl"])
+def test_a_last_evaluation_and_a_checkpoint_without_room_are_tried_again(run_file, tmp_path, monkeypatch, name):
+    """What was measured is written when room has come, without measuring it again."""
+    left, measured, measure = [FULL, FULL, FULL], [], evaluations.measure
+
+    def fails(path, line):
+        if path.name == name and line["step"] == 4 and left:
+            raise left.pop()
+
+    def counting(*given):
+        measured.append(given)
+        return measure(*given)
+
+    monkeypatch.setattr(finish, "_SECONDS", 0.0)
+    monkeypatch.setattr(Checkpoints, "_write", lambda *_: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr("preceptor.train.evaluations.append_line", failing_while(fails, append_line))
+    monkeypatch.setattr("preceptor.train.evaluations.measure", counting)
+    settings = {"eval_rows": conversations(3), "checkpoint__every": None, "eval__num_samples": 2}
+    console = recording()
+    execute(prepare(config.load(run_file(**settings, eval__every="4 steps"))), console)
+    assert not left and len(measured) == 2 and said(console).count("after 4 steps: held-out loss") == 1
+    for name, steps in ("eval.jsonl", [0, 4]), ("samples.jsonl", [0, 0, 4, 4]):
+        lines = (tmp_path / "run" / name).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == steps
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]["step"] == 4
+
+
 def test_the_prediction_of_the_memory_cannot_cost_the_model(run_file, tmp_path, monkeypatch):
     run = config.load(run_file())
 
@@ -216,10 +243,10 @@ def test_the_prediction_of_the_memory_cannot_cost_the_model(run_file, tmp_path, 
         raise ValueError("a defect")
 
     monkeypatch.setattr("preceptor.train.run.predicted_bytes", defect)
-    with pytest.raises(ValueError, match="a defect"):
-        execute(prepare(run), Console(quiet=True))
-    assert (tmp_path / "run" / "model").is_dir()
-    execute(prepare(run), Console(quiet=True))
+    console = recording()
+    execute(prepare(run), console)
+    assert "the predicted memory could not be recorded (ValueError: a defect)" in said(console)
+    assert (tmp_path / "run" / "model").is_dir() and (tmp_path / "run" / "report.html").is_file()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_steps"] == 4
 
 

@@ -126,16 +126,18 @@ class Checkpoints:
             names = [path for path in self.folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)]
             return sorted(path for path in names if path.is_dir())
 
-    def save(self, state: State, with_optimizer: bool = True) -> None:
+    def save(self, state: State, with_optimizer: bool = True, deletes: bool = True) -> None:
         """Write `step-N`, unless it is there; the older ones go when it is on the disk.
 
         with_optimizer False: only what is needed after the last step. Where there is no room beside the older
-        checkpoints, all of them but the newest are deleted first. Raises CheckpointError; ModelError for a NaN. With
-        `async_save` the error of a write that is under way comes from `check`, `wait` or the next `save`.
+        checkpoints, all of them but the newest are deleted first. deletes False: none goes at all. Raises
+        CheckpointError; ModelError for a NaN. With `async_save` the error of a write that is under way comes from
+        `check`, `wait` or the next `save`.
         """
         self.wait()
         if self.has(state.step):
-            self.prune(state.step)  # another one may be the best now
+            if deletes:
+                self.prune(state.step)  # another one may be the best now
             return
         require_finite(state)
         content, num_bytes = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer)
@@ -143,10 +145,10 @@ class Checkpoints:
         left_out = {} if with_optimizer else {"optimizer": False}
         manifest = {"run": self.run_id, "step": state.step, **position, **left_out, **self.about}
         if not self.async_save:
-            self._save(content, num_bytes, manifest)
+            self._save(content, num_bytes, manifest, deletes)
             return
         writer = ThreadPoolExecutor(1, "checkpoint writer")
-        self._written = writer.submit(self._save, BlockingAsyncStager().stage(content), num_bytes, manifest)
+        self._written = writer.submit(self._save, BlockingAsyncStager().stage(content), num_bytes, manifest, deletes)
         writer.shutdown(wait=False)  # the thread ends with what it writes
 
     def __enter__(self) -> Self:
@@ -168,15 +170,16 @@ class Checkpoints:
         if written is not None:
             written.result()
 
-    def _save(self, content: Content, num_bytes: int, manifest: Mapping[str, Any]) -> None:
+    def _save(self, content: Content, num_bytes: int, manifest: Mapping[str, Any], deletes: bool) -> None:
         try:
             self._write(content, num_bytes, manifest)
         except CheckpointError as error:
-            if not is_full(error) or len(self.world.first(self.found)) < 2:
+            if not deletes or not is_full(error) or len(self.world.first(self.found)) < 2:
                 raise
             self.prune(manifest["step"], keep=1)
             self._write(content, num_bytes, manifest)
-        self.prune(manifest["step"], passed_over=True)
+        if deletes:
+            self.prune(manifest["step"], passed_over=True)
 
     def _write(self, content: Content, num_bytes: int, manifest: Mapping[str, Any]) -> None:
         """Every rank its part, into a folder beside the place; then the first rank renames it."""

@@ -53,7 +53,8 @@ class Evaluations:
     (held_out.py); with tasks, `tasks` (evaluate/figures.py); and `measured_on`, hashes of both. A sample has the greedy
     `answer` and a `sampled` one, drawn by the same seed at each evaluation. With `train.patience` a line also has the
     losses `by_example`, and whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also of
-    earlier sessions: an evaluation that is there is not made again.
+    earlier sessions: an evaluation that is there is not made again. unwritten: (file, line) of what was measured and
+    could not be written.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Evaluations:
         self._alone, self._sampling = alone, Sampling(prepared.run.eval.temperature, prepared.run.train.seed)
         own = read_json_lines(folder / "eval.jsonl") if world.is_first else []
         self.lines: list[dict[str, Any]] = world.gather(own)[0]
+        self.unwritten: list[tuple[str, dict[str, Any]]] = []
 
     def evaluated(self, model: Any) -> EvaluatedModel:
         return EvaluatedModel(str(self._run.out), model, self._chat, self._alone, self._world)
@@ -81,6 +83,7 @@ class Evaluations:
 
         asked: also where `eval.every` says never.
         """
+        self.write()  # of an evaluation before
         if (self._run.eval.every is None and not asked) or (self.lines and self.lines[-1]["step"] == state.step):
             return
         require_finite(state)
@@ -97,14 +100,23 @@ class Evaluations:
                     )
             if self._tasks:
                 measured["tasks"] = [self._measured(evaluated, task, state.step) for task in self._tasks]
-            self._sample(evaluated, state.step)
+            self.unwritten = [("samples.jsonl", line) for line in self._samples(evaluated, state.step)]
         if measured:
             line = {"step": state.step, **measured, "measured_on": self._measured_on}
             if patience is not None:
                 line["improvement"] = improvement(self.lines, line, self._sampling.seed)
-            self._world.first(lambda: append_line(self._folder / "eval.jsonl", line))
-            self.lines.append(line)
-            self._say(f"after {counted(state.step, 'step')}: {_shown(measured)}")
+            self.unwritten.append(("eval.jsonl", line))
+        self.write()
+
+    def write(self) -> None:
+        """Write what is unwritten, and say the figures. Raises CheckpointError; the rest may then be tried again."""
+        while self.unwritten:
+            name, line = self.unwritten[0]
+            self._world.first(partial(append_line, self._folder / name, line))
+            del self.unwritten[0]
+            if name == "eval.jsonl":
+                self.lines.append(line)
+                self._say(f"after {counted(line['step'], 'step')}: {_shown(line)}")
 
     def _measured(self, evaluated: EvaluatedModel, task: Task, step: int) -> dict[str, Any]:
         """The figures of a task; of the base model those of an earlier run, where there are some."""
@@ -126,13 +138,13 @@ class Evaluations:
                 write_json(kept, found)
         return found
 
-    def _sample(self, evaluated: EvaluatedModel, step: int) -> None:
+    def _samples(self, evaluated: EvaluatedModel, step: int) -> list[dict[str, Any]]:
         contexts = [prompt.context for prompt in self.prompts]
         greedy, sampled = (
             evaluated.generate(contexts, self._run.eval.max_new_tokens, sampling=sampling)
             for sampling in (None, self._sampling)
         )
-        lines = [
+        return [
             {
                 "step": step,
                 "source": prompt.source,
@@ -146,12 +158,6 @@ class Evaluations:
             }
             for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True)
         ]
-
-        def write() -> None:
-            for line in lines:
-                append_line(self._folder / "samples.jsonl", line)
-
-        self._world.first(write)
 
 
 def _kept_figures(file: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Step:
 class Loop:
     """Trains `state` to the end of the run, a step at a time.
 
-    ends: set by `end`. unrecorded: why the evaluation after the last step could not be written.
+    ends: set by `end`. lost: why a checkpoint of a training that is over could not be written.
     """
 
     run: config.Run
@@ -81,7 +81,7 @@ class Loop:
     stop: StopRequest
     world: World = ONE
     ends: bool = False
-    unrecorded: CheckpointError | None = None
+    lost: CheckpointError | None = None
 
     def __post_init__(self) -> None:
         self._unmoved_unknown = self.run.adapter is not None and self.state.step == 0
@@ -96,7 +96,7 @@ class Loop:
 
         Raises ModelError as `require_finite`; Stopped, StreamError and ModelError as `skip_step`, with all steps saved,
         and so of one process DataError. Closed early, it saves as if it were stopped. Of a training that is over, no
-        evaluation or checkpoint that cannot be written is raised: its model comes first.
+        evaluation or checkpoint that cannot be written is raised, but the loss of the best: its model comes first.
         """
         run, state, per_epoch, total = self.run, self.state, self.loader.steps_per_epoch, self.num_steps
         learning_rates = schedule(run.optimizer, per_epoch, total)
@@ -121,31 +121,37 @@ class Loop:
                 over = self._evaluate(evaluates) or self.ends
                 self.stop.check()
         except Stopped as stopped:
+            self._require_best()
             self.save(wait=True)
             self.stop.answered(STOP_FILE)
             raise Stopped(stopped.number, state.step) from None
-        except (DataError, GeneratorExit) as error:  # the steps so far are not lost
-            if self.world.size == 1 or isinstance(error, StreamError | GeneratorExit):  # which all processes have
-                self.save(wait=True)
+        except GeneratorExit:
+            self.save(wait=True)
+            raise
+        except DataError as error:
+            if self.world.size == 1 or isinstance(error, StreamError):  # which all processes have
+                self._keep_steps()
             raise
         with self._needless_when_over():
             self.checkpoints.wait()
+        self._require_best()
 
     def end(self) -> None:
         """End the training after this step; its model is saved. Of several processes, the first one's word counts."""
         self.ends = True
 
     def require_recorded(self) -> None:
-        """Raises CheckpointError where the evaluation after the last step could not be written."""
-        if self.unrecorded is not None:
-            raise self.unrecorded
+        """Raises CheckpointError where the evaluation after the last step still cannot be written."""
+        self.evaluations.write()
 
     def keep_last(self) -> None:
         """Write a checkpoint of the last step, where the run may be lengthened."""
         if self.run.checkpoint.every is not None and may_be_lengthened(self.run):
-            with self._needless_when_over():
+            try:
                 self.checkpoints.save(self.state)
                 self.checkpoints.wait()
+            except CheckpointError as error:
+                self._say_needless(error)
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate now, unless that is done after this step already; what was measured, as eval.jsonl has it."""
@@ -164,16 +170,24 @@ class Loop:
         if self.world.is_first and self.checkpoints.found():
             self.folder.drop_replaced()
 
+    def _keep_steps(self) -> None:
+        """Write a checkpoint where an error ends the run: it stays the error to tell, and nothing is deleted for it."""
+        try:
+            if self.state.step:
+                self.checkpoints.save(self.state, deletes=False)
+            self.checkpoints.wait()
+        except (CheckpointError, ModelError) as error:
+            self.display.say(f"the steps since the last checkpoint could not be saved: {error}")
+
     def _evaluate(self, due: bool) -> bool:
         """Whether the run ends here because evaluations no longer improve."""
         if due or self.ends or self.state.step in (0, self.num_steps):
             with self.stop.at_once():
                 try:
                     self.evaluations.evaluate(self.state)
-                except CheckpointError as error:
-                    if not self._is_over:
+                except CheckpointError:
+                    if not (self._is_over and self.evaluations.unwritten):  # which `require_recorded` writes
                         raise
-                    self.unrecorded = error
             self.stop.after_step()  # what one of several ranks was told meanwhile: it may be the last look
         with self._needless_when_over():
             self._keep_best()
@@ -190,13 +204,25 @@ class Loop:
 
     @contextmanager
     def _needless_when_over(self) -> Iterator[None]:
-        """Inside, a checkpoint of a training that is over may fail: its model is saved without one."""
+        """Inside, a checkpoint of a training that is over may fail; `_require_best` then says so, or raises it."""
         try:
             yield
         except CheckpointError as error:
             if not self._is_over:
                 raise
-            self.display.say(f"{error}; the training is over, and its model needs no checkpoint")
+            self.lost = error
+
+    def _require_best(self) -> None:
+        """Raises the error by which the checkpoint was lost whose weights were to be the model."""
+        error, self.lost = self.lost, None
+        if error is not None:
+            best = best_of(self.evaluations.lines, self.run)
+            if best and best[0] != self.state.step and not self.checkpoints.has(best[0]):
+                raise error
+            self._say_needless(error)
+
+    def _say_needless(self, error: CheckpointError) -> None:
+        self.display.say(f"{error}; the training is over, and its model needs no checkpoint")
 
     def _keep_best(self) -> None:
         if (best := best_of(self.evaluations.lines, self.run)) and best[0] == self.state.step:
@@ -223,8 +249,8 @@ class Loop:
             num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
             try:
                 skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
-            except ModelError:  # on all processes, and no weight was touched: the steps so far are not lost
-                self.save(wait=True)
+            except ModelError:  # on all processes, and no weight was touched
+                self._keep_steps()
                 raise
             taken, first = StepLosses(error.loss, error.grad_norm), None
         step = Step(

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Generator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -230,10 +229,12 @@ class Training:
 
     def _record_prediction(self) -> None:
         """What memory a plan predicts, beside what was measured: at the end, as the first step need not wait for it."""
-        found, file = predicted_bytes(self.prepared, self.model, self._loader), self.folder.path / "data.json"
-        if found is not None:
-            with suppress(CheckpointError):  # a disk that is full is no reason to end here
+        try:
+            found, file = predicted_bytes(self.prepared, self.model, self._loader), self.folder.path / "data.json"
+            if found is not None:
                 write_json(file, {**read_json(file), PREDICTED: found})
+        except Exception as error:  # whatever it is, the model is saved
+            self.say(f"the predicted memory could not be recorded ({type(error).__name__}: {error})")
 
     def _save(self) -> None:
         """The model of a run; of a quantized base its unquantized one with the adapter, made by the first process."""
