@@ -140,10 +140,6 @@ class Loop:
         """End the training after this step; its model is saved. Of several processes, the first one's word counts."""
         self.ends = True
 
-    def require_recorded(self) -> None:
-        """Raises CheckpointError where the evaluation after the last step still cannot be written."""
-        self.evaluations.write()
-
     def keep_last(self) -> None:
         """Write a checkpoint of the last step, where the run may be lengthened."""
         if self.run.checkpoint.every is not None and may_be_lengthened(self.run):
@@ -186,7 +182,7 @@ class Loop:
                 try:
                     self.evaluations.evaluate(self.state)
                 except CheckpointError:
-                    if not (self._is_over and self.evaluations.unwritten):  # which `require_recorded` writes
+                    if not (self._is_over and self.evaluations.unwritten):  # which is written before the model
                         raise
             self.stop.after_step()  # what one of several ranks was told meanwhile: it may be the last look
         with self._needless_when_over():
