@@ -12,6 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "preceptor"
 
+_UNQUOTED = re.compile(r"preceptor [a-z]+ [^`\"\n]*\{(?!quoted)")
 # Floors from the ground up: a part imports from floors below its own. Parts of one floor do not know each other.
 FLOORS = (
     ("errors",),
@@ -145,11 +146,10 @@ def test_functions_stay_small(module):
             assert lines <= MAX_FUNCTION_LINES, f"{module}: {node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_commands_to_type_are_quoted(module):
+def test_commands_to_type_are_quoted():
     """By `errors.command`, or as `quoted`: a folder's name may have blanks and other characters of the shell."""
-    text = MODULES[module].read_text(encoding="utf-8")
-    assert not re.findall(r"preceptor [a-z]+ [^`\"\n]*\{(?!quoted)", text)
+    found = {module: _UNQUOTED.findall(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+    assert not {module: places for module, places in found.items() if places}
 
 
 def test_long_files_are_named():
