@@ -316,12 +316,10 @@ class SpelledOut:
             if not texts and not calls:
                 continue
             own = (*tags, *tags.values()) if message.role == "assistant" else ()
-            where, rejects = (
-                f"messages[{index}]",
-                self._chosen == "reject",
-            )  # to read it as plain text leaves tags whole
+            where = f"messages[{index}]"
+            has_block = bool(own) and self._chosen == "reject"  # what is read as plain text leaves tags whole
             for text, is_content in texts:
-                start = opening_end(text, tags) if own and is_content and rejects else 0
+                start = opening_end(text, tags) if has_block and is_content else 0
                 found = self.in_text(text, where, own, start) or found
             for call in calls:  # names of arguments
                 self.in_text(as_json(call), where, own, may_be_plain=found)
