@@ -93,7 +93,7 @@ def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     assert lines(folder, "eval.jsonl") == lines(tmp_path / "whole", "eval.jsonl")
 
 
-def test_the_best_model_is_saved_later_where_the_last_checkpoint_has_no_room(overfitting, tmp_path, monkeypatch):
+def test_the_best_model_is_saved_where_the_last_checkpoint_has_no_room(overfitting, tmp_path, monkeypatch):
     """Without the states of the optimizer it has."""
     file, folder = overfitting
     run, write = config.load(file, ["checkpoint.best=loss"]), checkpoint.Checkpoints._write
@@ -105,10 +105,9 @@ def test_the_best_model_is_saved_later_where_the_last_checkpoint_has_no_room(ove
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "_write", little_room)
-        with pytest.raises(CheckpointError, match=r"no room\. The training is finished and kept in"):
-            execute(prepare(run), QUIET)
-    execute(prepare(run), QUIET)
+        execute(prepare(run), QUIET)
     execute(prepare(config.load(file, ["checkpoint.best=loss", f"out={tmp_path}/whole"])), QUIET)
+    assert (folder / "checkpoints" / "step-00000012").is_dir()
     assert json.loads((folder / "summary.json").read_text())["model_step"] < 12
     assert equal(model(folder), model(tmp_path / "whole"))
 
@@ -325,6 +324,18 @@ def not_finite(patch, at):
     patch.setattr(stepping, "accumulate_gradients", accumulated)
 
 
+def no_memory(patch, at):
+    accumulate = stepping.accumulate_gradients
+
+    def too_large(engine, sequences, divisor, precision, objective, where, *more):
+        if where.startswith(f"step {at}"):
+            with stepping.explaining_out_of_memory(stepping.does_not_fit(sequences[0], where)):
+                raise MemoryError("cannot allocate")
+        return accumulate(engine, sequences, divisor, precision, objective, where, *more)
+
+    patch.setattr(stepping, "accumulate_gradients", too_large)
+
+
 def lost_data(patch, at):
     batch = Loader.batch
 
@@ -347,7 +358,11 @@ def no_room(patch, step):
     patch.setattr(checkpoint.Checkpoints, "_write", full)
 
 
-ENDING = {not_finite: (ModelError, r"step \d: .*not finite"), lost_data: (DataError, "was altered")}
+ENDING = {
+    not_finite: (ModelError, r"step \d: .*not finite"),
+    no_memory: (ModelError, r"step \d: a sequence.*does not fit in memory"),
+    lost_data: (DataError, "was altered"),
+}
 
 
 @pytest.mark.parametrize("end", ENDING)
@@ -580,28 +595,51 @@ def test_an_error_of_the_writer_ends_the_run_at_the_next_step_and_the_former_che
 # What is gone or too large -------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(run_file, tmp_path, monkeypatch, preceptor):
-    file = run_file(checkpoint__every="2 steps")
+@pytest.mark.parametrize("every", ["2 steps", None])
+def test_a_run_that_ran_out_of_memory_goes_on_after_the_step_before(run_file, tmp_path, monkeypatch, preceptor, every):
+    file = run_file(checkpoint__every=every)
+    with monkeypatch.context() as patch:
+        no_memory(patch, 4)
+        code, _, error = preceptor("train", file)
+    assert code == 5 and "step 4: a sequence" in error and "data.max_length" in error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_weights_that_an_update_left_halfway_are_not_saved(run_file, tmp_path, monkeypatch):
+    take_step = loop.take_step
 
     def no_memory():
         raise MemoryError("cannot allocate")
 
-    with monkeypatch.context() as patch:
-        accumulate = stepping.accumulate_gradients
+    def taking(state, *arguments):
+        if state.step == 3:
+            state.optimizer.step = no_memory
+        return take_step(state, *arguments)
 
-        def too_large(engine, sequences, divisor, precision, objective, where, *more):
-            if where.startswith("step 4"):
-                with stepping.explaining_out_of_memory(stepping.does_not_fit(sequences[0], where)):
-                    no_memory()
-            return accumulate(engine, sequences, divisor, precision, objective, where, *more)
+    monkeypatch.setattr(loop, "take_step", taking)
+    with pytest.raises(ModelError, match="step 4: the update of the weights does not fit"):
+        execute(prepare(config.load(run_file(checkpoint__every="2 steps"))), QUIET)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
-        patch.setattr(stepping, "accumulate_gradients", too_large)
-        code, _, error = preceptor("train", file)
-    assert code == 5 and "step 4: a sequence" in error and "data.max_length" in error
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
-    code, _, error = preceptor("train", file)
-    assert code == 0, error
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+def test_an_evaluation_that_runs_out_of_memory_costs_no_step(run_file, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("cannot allocate")
+
+    def after_the_first(*given):
+        monkeypatch.setattr(evaluations, "measure", no_memory)
+        return measure(*given)
+
+    measure = evaluations.measure
+    monkeypatch.setattr(evaluations, "measure", after_the_first)
+    file = run_file(eval_rows=conversations(3), eval__every="3 steps", checkpoint__every=None)
+    with pytest.raises(ModelError, match="the evaluation of the held-out examples does not fit in memory"):
+        execute(prepare(config.load(file)), QUIET)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_data_that_is_gone_between_runs_is_named_and_put_back_the_run_goes_on(run_file, tmp_path, preceptor):

@@ -50,7 +50,7 @@ def test_a_model_that_cannot_be_saved_leaves_a_checkpoint_of_its_weights(trained
     state, checkpoints = trained
     for error in (FULL, ValueError("tokenizer: a defect")):
         with pytest.raises(CheckpointError, match=r"finished and kept in .*checkpoints: .*the same command saves"):
-            save_at_the_end(saving(error), state, checkpoints, StopRequest(), print)
+            save_at_the_end(saving(error, error), state, checkpoints, StopRequest(), print)
         assert checkpoints.has(7)
     back = State(tiny_model("llama", seed=3), None)
     checkpoints.restore(back, print)
@@ -61,7 +61,13 @@ def test_a_checkpoint_that_another_thread_writes_is_waited_for(trained, tmp_path
     state, _ = trained
     checkpoints = Checkpoints(tmp_path / "later", "this", keep=2, async_save=True)
     with pytest.raises(CheckpointError, match="finished and kept in"):
-        save_at_the_end(saving(FULL), state, checkpoints, StopRequest(), print)
+        save_at_the_end(saving(FULL, FULL), state, checkpoints, StopRequest(), print)
+
+
+def test_where_room_has_come_for_the_checkpoint_the_model_is_tried_once_more(trained):
+    state, checkpoints = trained
+    save_at_the_end(saving(FULL), state, checkpoints, StopRequest(), print)
+    assert checkpoints.has(7)
 
 
 def test_where_neither_fits_both_are_tried_again(trained, monkeypatch):
@@ -234,6 +240,33 @@ def test_a_last_evaluation_and_a_checkpoint_without_room_are_tried_again(run_fil
         lines = (tmp_path / "run" / name).read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == steps
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out"]["step"] == 4
+
+
+@pytest.mark.parametrize("num_failures", [2, 9], ids=["in a later step", "before the model is saved"])
+def test_steps_that_cannot_be_logged_are_logged_later(run_file, tmp_path, monkeypatch, num_failures):
+    left = [FULL] * num_failures
+
+    def fails(path, line):
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(finish, "_SECONDS", 0.0)
+    monkeypatch.setattr(Checkpoints, "_write", lambda *_: (_ for _ in ()).throw(FULL))
+    monkeypatch.setattr("preceptor.train.loop.append_line", failing_while(fails, append_line))
+    console = recording()
+    execute(prepare(config.load(run_file(checkpoint__every=None))), console)
+    assert not left and said(console).count(f"{FULL}; tried again after each step") == 1
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_no_checkpoint_is_saved_of_a_step_that_is_not_logged(run_file, tmp_path, monkeypatch):
+    fails = failing_while(lambda _, line: line["step"] == 2, append_line)
+    monkeypatch.setattr("preceptor.train.loop.append_line", fails)
+    with pytest.raises(CheckpointError, match=str(FULL)):
+        execute(prepare(config.load(run_file(checkpoint__every="2 steps"))), Console(quiet=True))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_the_prediction_of_the_memory_cannot_cost_the_model(run_file, tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ class State:
     """What a run is between two steps. `step` counts the steps taken. position: in a stream, else None.
 
     has_optimizer: False where it comes from a checkpoint without the optimizer's state.
+    is_whole: False while an update is made: where it fails, weights and step do not belong together.
     """
 
     model: Any
@@ -73,6 +74,7 @@ class State:
     step: int = 0
     position: Position | None = None
     has_optimizer: bool = True
+    is_whole: bool = True
 
     @cached_property
     def engine(self) -> Engine:

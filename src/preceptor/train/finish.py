@@ -56,8 +56,7 @@ def save_at_the_end(
             break
         try:
             checkpoints.save(state, with_optimizer)
-            checkpoints.wait()  # of an asynchronous one
-            break
+            checkpoints.wait()  # of an asynchronous one; room may have come for `save`, too
         except CheckpointError as error:
             if any(checkpoints.world.max(stop.number is not None)):  # of several processes one may have been told
                 break

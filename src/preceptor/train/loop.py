@@ -21,7 +21,15 @@ from preceptor.train.improvement import best_of, stopped_early
 from preceptor.train.optimizer import schedule
 from preceptor.train.run_folder import STOP_FILE, RunFolder
 from preceptor.train.signals import Stopped, StopRequest
-from preceptor.train.step import NotFiniteError, Objective, StepLosses, peak_memory_bytes, skip_step, take_step
+from preceptor.train.step import (
+    NotFiniteError,
+    Objective,
+    StepLosses,
+    TooManySkippedError,
+    peak_memory_bytes,
+    skip_step,
+    take_step,
+)
 from preceptor.world import ONE, World
 
 
@@ -85,6 +93,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._unmoved_unknown = self.run.adapter is not None and self.state.step == 0
+        self._unwritten: list[dict[str, Any]] = []  # of metrics.jsonl
 
     @property
     def num_steps(self) -> int:
@@ -94,9 +103,10 @@ class Loop:
     def steps(self) -> Generator[Step]:
         """Each step when it was taken and recorded. Whoever asks may evaluate, save and end meanwhile.
 
-        Raises ModelError as `require_finite`; Stopped, StreamError and ModelError as `skip_step`, with all steps saved,
-        and so of one process DataError. Closed early, it saves as if it were stopped. Of a training that is over, no
-        evaluation or checkpoint that cannot be written is raised, but the loss of the best: its model comes first.
+        Raises Stopped, StreamError and TooManySkippedError with all steps saved, and so of one process DataError, and
+        ModelError as `take_step` and `require_finite`. Closed early, it saves as if it were stopped. Of a training that
+        is over, no evaluation or checkpoint that cannot be written is raised, but the loss of the best: its model comes
+        first.
         """
         run, state, per_epoch, total = self.run, self.state, self.loader.steps_per_epoch, self.num_steps
         learning_rates = schedule(run.optimizer, per_epoch, total)
@@ -128,13 +138,20 @@ class Loop:
         except GeneratorExit:
             self.save(wait=True)
             raise
-        except DataError as error:
-            if self.world.size == 1 or isinstance(error, StreamError):  # which all processes have
+        except (DataError, ModelError) as error:
+            all_have_it = self.world.size == 1 or isinstance(error, StreamError | TooManySkippedError)
+            if state.is_whole and all_have_it:
+                state.optimizer.zero_grad(set_to_none=True)  # memory may have run out
                 self._keep_steps()
             raise
         with self._needless_when_over():
             self.checkpoints.wait()
         self._require_best()
+
+    def write(self) -> None:
+        """Write what could not be written before. Raises CheckpointError; the rest may then be tried again."""
+        self.world.first(self._write_steps)
+        self.evaluations.write()
 
     def end(self) -> None:
         """End the training after this step; its model is saved. Of several processes, the first one's word counts."""
@@ -158,6 +175,7 @@ class Loop:
 
     def save(self, wait: bool = False) -> None:
         """Write a checkpoint, unless no step has been taken yet. wait: until it is on the disk."""
+        self.world.first(self._write_steps)
         if self.state.step:
             self.checkpoints.save(self.state)
         if wait:
@@ -169,10 +187,11 @@ class Loop:
     def _keep_steps(self) -> None:
         """Write a checkpoint where an error ends the run: it stays the error to tell, and nothing is deleted for it."""
         try:
+            self.world.first(self._write_steps)
             if self.state.step:
                 self.checkpoints.save(self.state, deletes=False)
             self.checkpoints.wait()
-        except (CheckpointError, ModelError) as error:
+        except Exception as error:
             self.display.say(f"the steps since the last checkpoint could not be saved: {error}")
 
     def _evaluate(self, due: bool) -> bool:
@@ -243,11 +262,7 @@ class Loop:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
             num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
-            try:
-                skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
-            except ModelError:  # on all processes, and no weight was touched
-                self._keep_steps()
-                raise
+            skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
             taken, first = StepLosses(error.loss, error.grad_norm), None
         step = Step(
             number=state.step,
@@ -261,8 +276,22 @@ class Loop:
             router_aux_loss=taken.router_aux_loss if self.objective.options.router_aux_coef and not skipped else None,
         )
         if world.is_first:
-            append_line(self.folder.path / "metrics.jsonl", step.line())
+            self._record(step)
         return step
+
+    def _record(self, step: Step) -> None:
+        """Write the line of a step; where that fails, it is written with a later one, at the latest before a save."""
+        self._unwritten.append(step.line())
+        try:
+            self._write_steps()
+        except CheckpointError as error:
+            if len(self._unwritten) == 1:
+                self.display.say(f"{error}; tried again after each step, and before anything is saved")
+
+    def _write_steps(self) -> None:
+        while self._unwritten:
+            append_line(self.folder.path / "metrics.jsonl", self._unwritten[0])
+            del self._unwritten[0]
 
 
 def _unmoved(first: FirstUpdate, state: State, world: World) -> tuple[str, ...]:

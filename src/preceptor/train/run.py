@@ -112,7 +112,7 @@ class Training:
                         self._held.ends_at(state.step, folder.path)
             require_finite(state)
             require_finite_loss(state, loader.batch(state.step - 1)[0], self._precision, objective)
-            for finishing in (self.loop.keep_last, self.loop.evaluations.write, self._end, self._save):
+            for finishing in (self.loop.keep_last, self.loop.write, self._end, self._save):
                 save_at_the_end(finishing, state, checkpoints, self.stop, self.say, with_optimizer=self.loop.ends)
             if world.size == 1:  # else it was needed to place the model
                 self._record_prediction()

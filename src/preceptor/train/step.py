@@ -150,10 +150,12 @@ def take_step(
         broken = [place for place, own in zip(range(len(sequences)), losses, strict=False) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
     apply_learning_rate(state.optimizer, learning_rate)
+    state.is_whole = False
     with explaining_out_of_memory(lambda: update_does_not_fit(where)):
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    state.is_whole = True
     return StepLosses(loss, grad_norm, router_aux_loss)
 
 
@@ -260,6 +262,10 @@ class NotFiniteError(ModelError):
         self.loss, self.grad_norm, self.broken = loss, grad_norm, broken
 
 
+class TooManySkippedError(ModelError):
+    """One more step than `train.max_skipped` is not finite; all processes raise it, and no weight was touched."""
+
+
 def skip_step(
     state: State,
     error: NotFiniteError,
@@ -268,7 +274,7 @@ def skip_step(
     num_skipped: int,
     most: int,
 ) -> dict[str, Any]:
-    """Go on without the update of this step; what the log says of it. Raises ModelError where too many were skipped.
+    """Go on without the update of this step; what the log says of it. Raises TooManySkippedError.
 
     sources: the examples of each sequence of the step; broken: of those whose own loss is not finite.
     """
@@ -278,7 +284,7 @@ def skip_step(
     whose = "in the sequence of" if broken else "in one of the sequences of"
     if num_skipped >= most:
         skipped = f"; {counted(num_skipped, 'step')} skipped before" if num_skipped else ""
-        raise ModelError(
+        raise TooManySkippedError(
             f"{error}, {whose} {shown}{skipped}. The weights were left as they are. Look at these examples, lower "
             "optimizer.learning_rate, lengthen optimizer.warmup, use precision float32, or allow some steps to be "
             "skipped with train.max_skipped"
