@@ -20,15 +20,17 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from preceptor.chat.growing_tree import GrowingTree
+from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import has_reasoning, opened_by, readings, runs_of_answer
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
+from preceptor.chat.spelled_out import SpelledOut, as_json
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, TrainedCounts, find_switch
-from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of, as_json, bos_ids, decode
-from preceptor.chat.turns import Stops, Turn, left_out, target_of, target_runs
+from preceptor.chat.tokenise import Ids, Path, SpecialTokens, Tokeniser, any_of, bos_ids, decode
+from preceptor.chat.turns import Stops, Turn, target_of, target_runs
 from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import (
     REASONING_FIELDS,

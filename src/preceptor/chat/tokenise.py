@@ -1,4 +1,4 @@
-"""Text -> token ids, exactly as the tokenizer, at a cost that grows with what is new; special tokens in texts.
+"""Text -> token ids, exactly as the tokenizer, at a cost that grows with what is new; token ids -> their texts.
 
 A fast tokenizer first cuts a text at its added tokens (`<|im_end|>` ...) and then treats each stretch between them on
 its own. So a text may be cut before any added token, the chunks tokenised one by one, and a chunk that was met before
@@ -13,19 +13,17 @@ sure of by how they are cut, and is compared for a sample of the examples only (
 every text would take six times as long.
 """
 
-import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
-from preceptor.chat.origins import Leaf, Tools, shared_length
-from preceptor.chat.reasoning import opening_end
+from preceptor.chat.origins import shared_length
 from preceptor.chat.words import Words
-from preceptor.data.examples import Message, Rejected
+from preceptor.data.examples import Rejected
 
 Ids = tuple[int, ...]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -284,67 +282,6 @@ def _trie_pattern(node: dict[str, Any]) -> str:
     if not branches:
         return text
     return text + f"(?:{'|'.join(branches)})" + ("?" if "" in node else "")
-
-
-# Special tokens in texts ----------------------------------------------------------------------------------------------
-
-
-class SpelledOut:
-    """What becomes of texts that spell out one of the tokens; pattern: finds them."""
-
-    def __init__(self, tokens: Iterable[str], chosen: SpecialTokens) -> None:
-        self.pattern = any_of(tokens)
-        self._chosen = chosen
-
-    def in_conversation(
-        self, messages: Sequence[Message], leaves: Sequence[Sequence[Leaf]], tools: Tools, tags: Mapping[str, str]
-    ) -> bool:
-        """Whether messages spell out tokens that must be read as plain text. Raises Rejected where they may not.
-
-        leaves: of each message. tags: of reasoning, which an assistant may spell.
-        """
-        if self._chosen == "allow":
-            return False
-        if tools:
-            self.in_text(as_json(tools), "tools", may_be_plain=False)
-        search, found = self.pattern.search, False
-        for index, (message, strings) in enumerate(zip(messages, leaves, strict=True)):
-            texts = [(leaf.text, leaf.path[0] == "content") for leaf in strings if search(leaf.text) is not None]
-            if isinstance(message.given.get("content"), list | Mapping):  # parts that meet; names in a tool's result
-                texts.append((message.content, True))
-            calls = message.given.get("tool_calls") or ()
-            if not texts and not calls:
-                continue
-            own = (*tags, *tags.values()) if message.role == "assistant" else ()
-            where = f"messages[{index}]"
-            has_block = bool(own) and self._chosen == "reject"  # what is read as plain text leaves tags whole
-            for text, is_content in texts:
-                start = opening_end(text, tags) if has_block and is_content else 0
-                found = self.in_text(text, where, own, start) or found
-            for call in calls:  # names of arguments
-                self.in_text(as_json(call), where, own, may_be_plain=found)
-        return found
-
-    def in_text(
-        self, text: str, where: str, own: Collection[str] = (), start: int = 0, may_be_plain: bool = True
-    ) -> bool:
-        """Whether the text spells out a token that is to be read as plain text. Raises Rejected.
-
-        own: tokens that may act. start: where an opening tag ends, of which a token may be only a part.
-        """
-        if self._chosen == "allow":
-            return False
-        tokens = (match.group() for match in self.pattern.finditer(text) if match.end() > start)
-        found = next((token for token in tokens if token not in own), None)
-        if found is None:
-            return False
-        if self._chosen == "reject" or not may_be_plain:
-            raise Rejected("special_token_in_text", f"{where} spells out {found!r}")
-        return True
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str).replace('\\"', '"')
 
 
 # Tokens as text -------------------------------------------------------------------------------------------------------
