@@ -140,6 +140,25 @@ def test_what_is_replayed_counts_as_in_training(run_file, write_jsonl):
     assert data["num_steps"] == prepared.loader().steps_per_epoch > 3  # 3 without what is replayed
 
 
+@pytest.mark.parametrize("of_source", [({}, {}), ({"count": 300}, {"count": 6}), ({"weight": 0.1}, {"weight": 2})])
+def test_each_source_counts_by_its_examples(run_file, write_jsonl, monkeypatch, of_source):
+    from preceptor.train.prepare import prepare
+
+    monkeypatch.setattr("preceptor.plan.sample.SAMPLE_EXAMPLES", 60)
+    short, long = (
+        [{"prompt": f"q {k} ", "completion": "a " * n} for k in range(100, 100 + m)] for n, m in ((4, 600), (60, 60))
+    )
+    files = write_jsonl(short, "short.jsonl"), write_jsonl(long, "long.jsonl")
+    sources = [{"path": file, **keys} for file, keys in zip(files, of_source, strict=True)]
+    run = config.load(run_file([], data__train=sources, train__duration="1 epochs"))
+    data, prepared = plan_of(run)["data"], prepare(run)
+    tokens = sum(tree.num_tokens for tree in prepared.train)
+    assert data["examples_per_epoch"] == prepared.examples_per_epoch
+    assert data["tokens_per_epoch"] == pytest.approx(tokens, rel=0.02)
+    assert data["share_trained"] == pytest.approx(sum(t.num_trained for t in prepared.train) / tokens, rel=0.02)
+    assert data["num_steps"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.05, abs=1)
+
+
 def test_data_of_which_nothing_fits_is_refused_as_training_does(run_file):
     from preceptor.train.prepare import prepare
 

@@ -258,16 +258,13 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         if run.data.streaming:
             return {"open": f"{found}; {run.train.duration} are trained", "num_steps": run.train.duration.steps(0)}
         return {"open": found}
-    count = len(sample.conversations)
-    tokens = sum(sample.lengths)
-    trained = Work(sample.conversations).num_trained
     steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
-    num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(tokens * sample.num_examples / count)
+    num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(sample.num_tokens)
     return {
         "examples_per_epoch": round(sample.num_examples),
-        "num_sampled": count,
+        "num_sampled": len(sample.conversations),
         "tokens_per_epoch": per_epoch,
-        "share_trained": trained / tokens,
+        "share_trained": sample.num_trained / sample.num_tokens,
         "sequences_per_epoch": sequences_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": num_steps,

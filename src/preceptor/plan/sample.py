@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from preceptor import config
 from preceptor.chat.template import BUILTIN, BuiltIn
-from preceptor.data.dataset import draw_replay, mix
+from preceptor.data.dataset import draw_replay
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource, open_sources
@@ -26,6 +27,7 @@ from preceptor.files import read_json
 from preceptor.plan.work import TurnLengths, Work
 
 SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
+_ANY = 2**62  # tokens: no conversation is longer
 _OPENING = 2  # tokens before a message, beside its role: <|im_start|>, and a line's end after the role
 _CLOSING = 2  # tokens after it: <|im_end|>, which is trained after a target, and a line's end
 
@@ -36,6 +38,7 @@ class Sample:
 
     whole: whether the sample is all of the data. num_new_tokens: what the template adds to the vocabulary, and
     num_tokenizer: how many tokens the tokenizer has with them. new_stop_token: the one of them that ends a turn.
+    stands_for: examples of an epoch that each conversation stands for; empty: as many for each.
     """
 
     conversations: tuple[TurnLengths, ...]
@@ -44,42 +47,64 @@ class Sample:
     num_new_tokens: int
     num_tokenizer: int
     new_stop_token: str | None = None
+    stands_for: tuple[float, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
         return [sum(map(sum, turns)) for turns in self.conversations]
 
+    @property
+    def weights_N(self) -> np.ndarray:
+        """Examples of an epoch that each conversation stands for; 1 where their number is not known."""
+        if self.stands_for:
+            return np.array(self.stands_for)
+        num = len(self.conversations)
+        return np.full(num, 1.0 if self.num_examples is None else self.num_examples / max(1, num))
+
+    @property
+    def num_tokens(self) -> float:
+        """Of an epoch, or of the sample where the number of examples is not known."""
+        return float(self.weights_N @ np.array(self.lengths))
+
+    @property
+    def num_trained(self) -> float:
+        """Of `num_tokens`."""
+        return float(self.weights_N @ np.array([Work((turns,)).num_trained for turns in self.conversations]))
+
     def fitting(self, max_length: int) -> "Sample":
         """Without the conversations that do not fit into a sequence; an epoch has fewer examples by their share."""
-        fitting = tuple(
-            turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
-        )
-        if len(fitting) == len(self.conversations):
-            return self
-        share = len(fitting) / len(self.conversations)
-        num_examples = None if self.num_examples is None else self.num_examples * share
-        return replace(self, conversations=fitting, num_examples=num_examples)
+        fits = [0 < length <= max_length for length in self.lengths]
+        weights = tuple(compress(self.weights_N.tolist(), fits))
+        num_examples = None if self.num_examples is None else math.fsum(weights)
+        kept = tuple(compress(self.conversations, fits))
+        return self if all(fits) else replace(self, conversations=kept, num_examples=num_examples, stands_for=weights)
 
-    def sequences(self, max_length: int) -> list[tuple[TurnLengths, ...]]:
-        """The sample's conversations packed as training packs them, without those that do not fit into one."""
-        fitting = self.fitting(max_length)
-        planned = plan_sequences(fitting.lengths, max_length, seed=0)
-        return [tuple(fitting.conversations[index] for index in indices) for indices in planned]
+    def drawn(self) -> list[int]:
+        """Conversations, each as often as an epoch has it, but no more in all than the sample has."""
+        ends_N = np.cumsum(self.weights_N)
+        ends_N = np.floor(ends_N * min(1.0, len(ends_N) / ends_N[-1]) + 0.5).astype(int)
+        return np.repeat(np.arange(len(ends_N)), np.diff(ends_N, prepend=0)).tolist() or [0]
 
     def largest_sequence(self, max_length: int) -> tuple[TurnLengths, ...] | None:
         """The one with the most tokens; of several the one with the most to train. None where nothing fits."""
+        fitting = self.fitting(max_length)
+        planned = plan_sequences(fitting.lengths, max_length, seed=0)
+        sequences = (tuple(fitting.conversations[index] for index in indices) for indices in planned)
 
         def size(sequence: tuple[TurnLengths, ...]) -> tuple[int, int]:
             every = [turn for turns in sequence for turn in turns]
             return sum(map(sum, every)), sum(target for _, target in every)
 
-        return max(self.sequences(max_length), key=size, default=None)
+        return max(sequences, key=size, default=None)
 
     def sequences_per_epoch(self, max_length: int) -> int | None:
         """Sequences of an epoch, from how densely the sample packs; None where the number of examples is not known."""
-        if self.num_examples is None or not self.conversations:
+        fitting = self.fitting(max_length)
+        if fitting.num_examples is None or not fitting.conversations:
             return None
-        return math.ceil(len(self.sequences(max_length)) * self.num_examples / len(self.conversations))
+        lengths = [fitting.lengths[index] for index in fitting.drawn()]
+        num_planned = len(plan_sequences(lengths, max_length, seed=0))
+        return math.ceil(round(num_planned * fitting.num_tokens / sum(lengths), 6))
 
 
 def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
@@ -102,45 +127,51 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    conversations: list[TurnLengths] = []
-    num_examples: float | None = 0.0
-    whole = True
-    has_conversations = False
-    for opened in opened_sources:
-        records, ended = _first(opened)
-        whole &= ended
-        good = [record for record in records if not isinstance(record, Rejection)]
-        has_conversations |= any(isinstance(record, Conversation) for record in good)
-        conversations += _turns_of(good, tokenizer, run.data.train_on)
-        in_source = None if run.data.streaming else _examples_in(opened, records, ended)
-        num_examples = None if num_examples is None or in_source is None else num_examples + in_source
+    sample, has_conversations = _read(opened_sources, tokenizer, run.data)
     template = _builtin_template(run.data.chat_template, tokenizer_file) if has_conversations else None
     new = [] if template is None else [token for token in template.tokens if tokenizer.token_to_id(token) is None]
     num_tokenizer = tokenizer.get_vocab_size() + len(new)
     stop = template.stop if template is not None and template.stop in new else None
-    sample = Sample(tuple(conversations), num_examples, whole, len(new), num_tokenizer, stop)
-    return _with_replay(sample, run, opened_replay, tokenizer) if opened_replay and conversations else sample
+    sample = replace(sample, num_new_tokens=len(new), num_tokenizer=num_tokenizer, new_stop_token=stop)
+    return _with_replay(sample, run, opened_replay, tokenizer) if opened_replay and sample.conversations else sample
+
+
+def _read(opened: Sequence[OpenSource], tokenizer: Any, data: config.Data) -> tuple[Sample, bool]:
+    """A sample of some sources, and whether it has conversations. Of each source the first records stand for all."""
+    conversations: list[TurnLengths] = []
+    weights: list[float] = []
+    known, whole, has_conversations = not data.streaming, True, False
+    for source in opened:
+        records, ended = _first(source)
+        good = [record for record in records if not isinstance(record, Rejection)]
+        found = _turns_of(good, tokenizer, data.train_on)
+        in_source = _examples_in(source, records, ended)
+        known &= in_source is not None
+        whole &= ended
+        has_conversations |= any(isinstance(record, Conversation) for record in good)
+        conversations += found
+        weights += [(in_source or 0) / max(1, len(found))] * len(found)
+    num_examples, stands_for = (math.fsum(weights), tuple(weights)) if known else (None, ())
+    return Sample(tuple(conversations), num_examples, whole, 0, 0, stands_for=stands_for), has_conversations
 
 
 def _with_replay(sample: Sample, run: config.Run, opened: Sequence[OpenSource], tokenizer: Any) -> Sample:
     """The sample and the examples that are replayed beside it, drawn as training draws them beside an epoch."""
     assert run.replay is not None
-    most = run.data.max_length if run.data.overflow == "reject" else math.inf
-    found = [
-        _turns_of([r for r in _first(source)[0] if not isinstance(r, Rejection)], tokenizer, run.data.train_on)
-        for source in opened
-    ]
-    kept = [[turns for turns in of_source if sum(map(sum, turns)) <= most] for of_source in found]
-    every = [turns for of_source in kept for turns in of_source]
-    mixed_N = mix(map(len, kept), run.replay.data, run.train.seed)
-    trained_N = np.array([Work((every[index],)).num_trained for index in mixed_N], np.int64)
-    tuned = [turns for turns, length in zip(sample.conversations, sample.lengths, strict=True) if length <= most]
-    drawn = mixed_N[draw_replay(trained_N, Work(tuple(tuned)).num_trained, run.replay.share, run.train.seed)]
-    more = tuple(every[index] for index in drawn)
-    num_examples = sample.num_examples
-    if num_examples is not None:
-        num_examples += len(more) * (num_examples / len(sample.conversations))
-    return replace(sample, conversations=sample.conversations + more, num_examples=num_examples)
+    most = run.data.max_length if run.data.overflow == "reject" else _ANY
+    beside, tuned = _read(opened, tokenizer, run.data)[0].fitting(most), sample.fitting(most)
+    every = [beside.conversations[index] for index in beside.drawn()] if beside.conversations else []
+    per_sampled = 1.0 if sample.num_examples is None else sample.num_examples / len(sample.conversations)
+    trained_N = np.array([Work((turns,)).num_trained for turns in every], np.int64)
+    num_tuned = round(tuned.num_trained / per_sampled)
+    drawn = draw_replay(trained_N, num_tuned, run.replay.share, run.train.seed)
+    weights = (*sample.weights_N.tolist(), *[per_sampled] * len(drawn))
+    return replace(
+        sample,
+        conversations=(*sample.conversations, *(every[index] for index in drawn)),
+        num_examples=None if sample.num_examples is None else math.fsum(weights),
+        stands_for=weights,
+    )
 
 
 def _first(opened: OpenSource) -> tuple[list[Example | Rejection], bool]:
