@@ -169,8 +169,40 @@ def test_data_of_which_nothing_fits_is_refused_as_training_does(run_file):
     half = config.load(run_file([*conversations(3), {"text": "long " * 200}]))
     data = plan_of(half)["data"]
     assert data["examples_per_epoch"] == 3 and data["tokens_per_epoch"] < 200, "what is rejected is not trained"
-    split = config.load(run_file([{"text": "long " * 200}], data__overflow="split"))
-    assert "longer than data.max_length" in plan_of(split)["data"]["open"]
+    long = config.load(run_file([{"text": "long " * 200}]))
+    sample = Sample((((0, 1000),),), 9.0, False, 0, 512)
+    plan = make_plan(long, read_model(long.model), sample, find_device("H100"), None, dry_run_of(long.model))
+    assert "longer than data.max_length" in plan["data"]["open"]
+
+
+def talk(num_turns, text="of of of of "):
+    turns = ({"role": role, "content": f"{k} {text}"} for k in range(num_turns) for role in ("user", "assistant"))
+    return {"messages": list(turns)}
+
+
+LONG = {
+    "texts": lambda k: {"text": f"{k} " + "long " * 300},
+    "conversations": lambda k: talk(12 + k),
+    "completions": lambda k: {"prompt": "".join(str(n) for n in range(k, 200)), "completion": "end " * (k + 1)},
+    "questions": lambda k: {"messages": [*talk(1, "1234567890" * 50)["messages"][:1], *talk(1)["messages"][1:]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("overflow", "kind"), [("split", k) for k in LONG] + [("truncate_context", k) for k in LONG if k != "texts"]
+)
+def test_what_is_too_long_is_planned_as_it_is_shortened(run_file, overflow, kind):
+    from preceptor.train.prepare import prepare
+
+    rows = [{"text": f"{k} short"} for k in range(4)] + [LONG[kind](k) for k in range(12)]
+    run = config.load(run_file(rows, data__overflow=overflow, train__duration="1 epochs"))
+    plan, prepared = plan_of(run), prepare(run)
+    data, tokens = plan["data"], sum(tree.num_tokens for tree in prepared.train)
+    assert data["examples_per_epoch"] == pytest.approx(prepared.examples_per_epoch, rel=0.1)
+    assert data["tokens_per_epoch"] == pytest.approx(tokens, rel=0.1)
+    assert data["share_trained"] == pytest.approx(sum(t.num_trained for t in prepared.train) / tokens, rel=0.1)
+    assert data["sequences_per_epoch"] == pytest.approx(prepared.loader().sequences_per_epoch, rel=0.1)
+    assert plan["sequence"]["num_tokens"] > 100
 
 
 @pytest.mark.parametrize("row", [{"prompt": "one two three " * 5, "completion": "four"}, *conversations(1, turns=2)])

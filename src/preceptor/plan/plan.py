@@ -197,17 +197,23 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
 
 
 def _known_largest(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...] | None:
-    return None if isinstance(sample, str) or run.data.streaming else sample.largest_sequence(run.data.max_length)
+    if isinstance(sample, str) or run.data.streaming:
+        return None
+    return _fitted(run, sample).largest_sequence(run.data.max_length)
+
+
+def _fitted(run: config.Run, sample: Sample) -> Sample:
+    return sample.fitted(run.data.max_length, run.data.overflow)
 
 
 def _require_fitting(run: config.Run, sample: Sample | str) -> None:
     """Raises DataError where training would have no example, as far as the sample tells."""
-    if isinstance(sample, str) or run.data.overflow != "reject" or not sample.whole or not sample.conversations:
+    if isinstance(sample, str) or not sample.whole or not sample.conversations:
         return
-    if not sample.fitting(run.data.max_length).conversations:
+    if not _fitted(run, sample).conversations:
         raise DataError(
-            f"data.train: no example fits in data.max_length ({run.data.max_length:,} tokens); the shortest has about "
-            f"{min(sample.lengths):,}: raise it, or set data.overflow"
+            f"data.train: no example fits in data.max_length ({run.data.max_length:,} tokens) with data.overflow: "
+            f"{run.data.overflow}; the shortest has about {min(sample.lengths):,}: raise it, or set data.overflow"
         )
 
 
@@ -248,10 +254,10 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
     """Sequences, tokens and steps; `open` says why they are not known, but for the steps of a stream."""
     if isinstance(sample, str):
         return {"open": sample}
-    fitting = sample.fitting(run.data.max_length)
-    if sample.conversations and not fitting.conversations:
+    fitted = _fitted(run, sample)
+    if sample.conversations and not fitted.conversations:
         return {"open": "every example that was read is longer than data.max_length"}
-    sample = fitting if run.data.overflow == "reject" else sample
+    sample = fitted
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
         found = "how many examples the data has is known only once it is read"

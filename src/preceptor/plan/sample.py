@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from preceptor.data.dataset import draw_replay
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource, open_sources
+from preceptor.data.truncation import Overflow
 from preceptor.errors import CheckpointError
 from preceptor.files import read_json
 from preceptor.plan.work import TurnLengths, Work
 
 SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
-_ANY = 2**62  # tokens: no conversation is longer
 _OPENING = 2  # tokens before a message, beside its role: <|im_start|>, and a line's end after the role
 _CLOSING = 2  # tokens after it: <|im_end|>, which is trained after a target, and a line's end
 
@@ -71,13 +71,14 @@ class Sample:
         """Of `num_tokens`."""
         return float(self.weights_N @ np.array([Work((turns,)).num_trained for turns in self.conversations]))
 
-    def fitting(self, max_length: int) -> "Sample":
-        """Without the conversations that do not fit into a sequence; an epoch has fewer examples by their share."""
-        fits = [0 < length <= max_length for length in self.lengths]
-        weights = tuple(compress(self.weights_N.tolist(), fits))
+    def fitted(self, max_length: int, overflow: Overflow) -> "Sample":
+        """With what training makes of the conversations that are too long, which of `reject` is nothing."""
+        found = [shortened(turns, max_length, overflow) for turns in self.conversations]
+        weights = [weight for parts, weight in zip(found, self.weights_N.tolist(), strict=True) for _ in parts]
         num_examples = None if self.num_examples is None else math.fsum(weights)
-        kept = tuple(compress(self.conversations, fits))
-        return self if all(fits) else replace(self, conversations=kept, num_examples=num_examples, stands_for=weights)
+        kept = tuple(chain.from_iterable(found))
+        same = kept == self.conversations
+        return self if same else replace(self, conversations=kept, num_examples=num_examples, stands_for=tuple(weights))
 
     def drawn(self) -> list[int]:
         """Conversations, each as often as an epoch has it, but no more in all than the sample has."""
@@ -86,10 +87,9 @@ class Sample:
         return np.repeat(np.arange(len(ends_N)), np.diff(ends_N, prepend=0)).tolist() or [0]
 
     def largest_sequence(self, max_length: int) -> tuple[TurnLengths, ...] | None:
-        """The one with the most tokens; of several the one with the most to train. None where nothing fits."""
-        fitting = self.fitting(max_length)
-        planned = plan_sequences(fitting.lengths, max_length, seed=0)
-        sequences = (tuple(fitting.conversations[index] for index in indices) for indices in planned)
+        """Of all conversations, the one with the most tokens; of several the one with the most to train."""
+        planned = plan_sequences(self.lengths, max_length, seed=0)
+        sequences = (tuple(self.conversations[index] for index in indices) for indices in planned)
 
         def size(sequence: tuple[TurnLengths, ...]) -> tuple[int, int]:
             every = [turn for turns in sequence for turn in turns]
@@ -99,12 +99,62 @@ class Sample:
 
     def sequences_per_epoch(self, max_length: int) -> int | None:
         """Sequences of an epoch, from how densely the sample packs; None where the number of examples is not known."""
-        fitting = self.fitting(max_length)
-        if fitting.num_examples is None or not fitting.conversations:
+        if self.num_examples is None or not self.conversations:
             return None
-        lengths = [fitting.lengths[index] for index in fitting.drawn()]
+        lengths = [self.lengths[index] for index in self.drawn()]
         num_planned = len(plan_sequences(lengths, max_length, seed=0))
-        return math.ceil(round(num_planned * fitting.num_tokens / sum(lengths), 6))
+        return math.ceil(round(num_planned * self.num_tokens / sum(lengths), 6))
+
+
+def shortened(turns: TurnLengths, max_length: int, overflow: Overflow) -> list[TurnLengths]:
+    """What stands for a conversation, about: itself, or what data/truncation.py makes of one that is too long.
+
+    A text is a turn without context.
+    """
+    length = sum(map(sum, turns))
+    if length <= max_length:
+        return [turns] if length else []
+    if overflow == "reject" or (turns == ((0, length),) and overflow != "split"):
+        return []
+    if turns == ((0, length),):  # each piece begins with the last token of the one before
+        more, rest = divmod(length - max_length, max_length - 1)
+        return [((0, max_length),), *[((1, max_length - 1),)] * more, *[((1, rest),)] * (rest > 0)]
+    parts = _parts(turns, max_length) if overflow == "split" else [_end(turns, max_length)]
+    return parts if all(target < max_length for part in parts for _, target in part) else []
+
+
+def _last(turns: TurnLengths, room: int) -> TurnLengths:
+    """The last turns that fit into `room` tokens."""
+    num = 0
+    while num < len(turns) and sum(turns[-num - 1]) <= room:
+        room -= sum(turns[-num - 1])
+        num += 1
+    return turns[len(turns) - num :]
+
+
+def _end(turns: TurnLengths, max_length: int) -> TurnLengths:
+    """The last turns that fit; of the last turn, where it is too long by itself, the end of its context."""
+    context, target = turns[-1]
+    room = max_length - context - target
+    return (*_last(turns[:-1], room), (context + min(0, room), target))
+
+
+def _parts(turns: TurnLengths, max_length: int) -> list[TurnLengths]:
+    """Each turn once. A part begins with turns of the one before: half of `max_length`, and more if it has room."""
+    parts: list[TurnLengths] = []
+    num_done = 0
+    while num_done < len(turns):
+        before, (context, target) = turns[:num_done], turns[num_done]
+        room = max_length - context - target
+        most = room - sum(map(sum, _last(before, room - max_length // 2)))
+        num = 1
+        while num_done + num < len(turns) and sum(turns[num_done + num]) <= most:
+            most, room = (left - sum(turns[num_done + num]) for left in (most, room))
+            num += 1
+        context += sum(map(sum, _last(before, room))) if room > 0 else room
+        parts.append(((context, target), *turns[num_done + 1 : num_done + num]))
+        num_done += num
+    return parts
 
 
 def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
@@ -158,8 +208,8 @@ def _read(opened: Sequence[OpenSource], tokenizer: Any, data: config.Data) -> tu
 def _with_replay(sample: Sample, run: config.Run, opened: Sequence[OpenSource], tokenizer: Any) -> Sample:
     """The sample and the examples that are replayed beside it, drawn as training draws them beside an epoch."""
     assert run.replay is not None
-    most = run.data.max_length if run.data.overflow == "reject" else _ANY
-    beside, tuned = _read(opened, tokenizer, run.data)[0].fitting(most), sample.fitting(most)
+    limits = run.data.max_length, run.data.overflow
+    beside, tuned = _read(opened, tokenizer, run.data)[0].fitted(*limits), sample.fitted(*limits)
     every = [beside.conversations[index] for index in beside.drawn()] if beside.conversations else []
     per_sampled = 1.0 if sample.num_examples is None else sample.num_examples / len(sample.conversations)
     trained_N = np.array([Work((turns,)).num_trained for turns in every], np.int64)
