@@ -1,9 +1,11 @@
 """`preceptor plan`: quick, without torch, and by a dry run; its figures are the trainer's; its advice is sound."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from children import TORTURE
 from measured import ONE, sequence_of
 from safetensors.torch import save_file
 from test_docs import made_by
+from transformers import AutoConfig
 
 from conftest import conversations
 from preceptor import config
@@ -166,13 +169,36 @@ def test_data_of_which_nothing_fits_is_refused_as_training_does(run_file):
     for refuse in (prepare, plan_of):
         with pytest.raises(DataError, match=r"data\.max_length"):
             refuse(run)
-    half = config.load(run_file([*conversations(3), {"text": "long " * 200}]))
+    half = config.load(run_file([*conversations(3), {"text": "long " * 200}], data__allow_rejected=["too_long"]))
     data = plan_of(half)["data"]
     assert data["examples_per_epoch"] == 3 and data["tokens_per_epoch"] < 200, "what is rejected is not trained"
     long = config.load(run_file([{"text": "long " * 200}]))
     sample = Sample((((0, 1000),),), 9.0, False, 0, 512)
     plan = make_plan(long, read_model(long.model), sample, find_device("H100"), None, dry_run_of(long.model))
     assert "longer than data.max_length" in plan["data"]["open"]
+
+
+def test_too_many_that_are_too_long_are_refused_as_training_does(run_file, tmp_path):
+    from preceptor.train.prepare import prepare
+
+    size = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    AutoConfig.for_model("gpt2", **size, eos_token_id=0, bos_token_id=0).save_pretrained(tmp_path / "gpt2")
+    base = Path(config.load(run_file()).model.path)
+    for file in base.glob("token*"):
+        shutil.copy(file, tmp_path / "gpt2")
+    rows = [*({"text": f"{k} short"} for k in range(9)), {"text": "long " * 90}]
+    learned = {"model__path": str(tmp_path / "gpt2"), "data__max_length": 256}
+    for own, holds in (({"data__max_length": 64}, "a sequence holds 64"), (learned, "learned positions for 64")):
+        run = config.load(run_file(rows, **own))
+        for refuse in (prepare, plan_of):
+            with pytest.raises(DataError, match=f"(?s)10.0%; data.max_rejected allows 1.0%.*{holds}.*too_long"):
+                refuse(run)
+        for keys in (["data.max_rejected=0.1"], ["data.allow_rejected=[too_long]"]):
+            run = config.load(run_file(rows, **own), keys)
+            plan = plan_of(run)
+            assert plan["data"]["examples_per_epoch"] == prepare(run).examples_per_epoch == 9
+            assert "about 1 of 10 examples too long (10.0%): " in (text := to_text({**plan, "change": None}))
+            assert holds in text
 
 
 def talk(num_turns, text="of of of of "):

@@ -132,4 +132,8 @@ def _suggested(
     from preceptor.plan.changes import find_plan
     from preceptor.plan.text import to_text
 
-    return text, to_text(find_plan(found.run, model, sample, device, dry_run)), rejected
+    try:
+        plan = to_text(find_plan(found.run, model, sample, device, dry_run))
+    except errors.DataError as error:
+        plan = f"no plan: {error}"
+    return text, plan, rejected

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from preceptor import config
+from preceptor.chat.format import learned_positions
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError, first_line
 from preceptor.hub import cannot_load, resolve_model_path
@@ -89,6 +90,7 @@ class DryRun:
         self._moments: dict[Any, tuple[Moment, ...]] = {}
         self._parameters: dict[Any, Parameters] = {}
         self._models: dict[Any, Any] = {}
+        self.num_positions = learned_positions(settings)
         self.num_rows = int(settings.get_text_config(decoder=True).vocab_size)
         model = self._model(Setup(), self.num_rows)
         self.num_layers = len(decoder_layers(model))

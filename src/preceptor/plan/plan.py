@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from preceptor import config
 from preceptor.data.loader import few_steps
-from preceptor.errors import DataError, ModelError
+from preceptor.errors import DataError, ModelError, counted
 from preceptor.model.options import ActivationPolicy, LoraOptions, Quantization, adapter_name
 from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
@@ -75,6 +75,7 @@ def make_plan(
         "device": {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes},
         "quick": dry_run is None,
     }
+    sample = _of_model(sample, dry_run)
     _require_fitting(run, sample)
     if dry_run is None:
         plan["model"]["towers_open"] = model.towers_open
@@ -148,6 +149,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
 
 def make_case(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> Case:
     """The run on this device, its largest sequence and its peak."""
+    sample = _of_model(sample, dry_run)
     work = Work(largest_sequence(run, sample), _policy(run))
     return _case(dry_run, setup_of(run, sample, device), work, _num_rows(dry_run.num_rows, sample))
 
@@ -206,15 +208,45 @@ def _fitted(run: config.Run, sample: Sample) -> Sample:
     return sample.fitted(run.data.max_length, run.data.overflow)
 
 
+def _of_model(sample: Sample | str, dry_run: "DryRun | None") -> Sample | str:
+    """The sample, for the model's positions."""
+    if isinstance(sample, str) or dry_run is None:
+        return sample
+    return replace(sample, num_positions=dry_run.num_positions)
+
+
 def _require_fitting(run: config.Run, sample: Sample | str) -> None:
-    """Raises DataError where training would have no example, as far as the sample tells."""
+    """Raises DataError where training would have no example or reject too many, as far as the sample tells."""
     if isinstance(sample, str) or not sample.whole or not sample.conversations:
         return
+    longest = sample.longest(run.data.max_length)
     if not _fitted(run, sample).conversations:
+        key = "data.max_length" if longest == run.data.max_length else "the model's learned positions, data.max_length"
         raise DataError(
-            f"data.train: no example fits in data.max_length ({run.data.max_length:,} tokens) with data.overflow: "
-            f"{run.data.overflow}; the shortest has about {min(sample.lengths):,}: raise it, or set data.overflow"
+            f"data.train: no example fits in {key} ({longest:,} tokens) with data.overflow: {run.data.overflow}; the "
+            f"shortest has about {min(sample.lengths):,}: raise it, or set data.overflow"
         )
+    if (said := _too_long(run, sample)) and _refused(run, sample):
+        raise DataError(
+            f"data.train: {said}. Raise data.max_length, set data.overflow, or let them be left out with "
+            "`data.allow_rejected: [too_long]`; `preceptor check` counts exactly"
+        )
+
+
+def _refused(run: config.Run, sample: Sample) -> bool:
+    """Whether training would refuse so many examples that are too long."""
+    num, of = sample.too_long(run.data.max_length, run.data.overflow)
+    return num > run.data.max_rejected * of and "too_long" not in run.data.allow_rejected
+
+
+def _too_long(run: config.Run, sample: Sample) -> str | None:
+    num, of = sample.too_long(run.data.max_length, run.data.overflow)
+    if not num:
+        return None
+    longest = sample.longest(run.data.max_length)
+    holds = "a sequence holds" if longest == run.data.max_length else "the model has learned positions for"
+    allows = f"; data.max_rejected allows {run.data.max_rejected:.1%}" if _refused(run, sample) else ""
+    return f"about {num:,} of {counted(of, 'example')} too long ({num / of:.1%}{allows}): {holds} {longest:,} tokens"
 
 
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
@@ -254,21 +286,23 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
     """Sequences, tokens and steps; `open` says why they are not known, but for the steps of a stream."""
     if isinstance(sample, str):
         return {"open": sample}
-    fitted = _fitted(run, sample)
-    if sample.conversations and not fitted.conversations:
+    too_long, read = _too_long(run, sample), bool(sample.conversations)
+    sample = _fitted(run, sample)
+    if read and not sample.conversations:
         return {"open": "every example that was read is longer than data.max_length"}
-    sample = fitted
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
-        found = "how many examples the data has is known only once it is read"
+        found: dict[str, Any] = {"open": "how many examples the data has is known only once it is read"}
         if run.data.streaming:
-            return {"open": f"{found}; {run.train.duration} are trained", "num_steps": run.train.duration.steps(0)}
-        return {"open": found}
+            found["open"] += f"; {run.train.duration} are trained"
+            found["num_steps"] = run.train.duration.steps(0)
+        return {**found, "too_long": too_long}
     steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
     num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(sample.num_tokens)
     return {
         "examples_per_epoch": round(sample.num_examples),
         "num_sampled": len(sample.conversations),
+        "too_long": too_long,
         "tokens_per_epoch": per_epoch,
         "share_trained": sample.num_trained / sample.num_tokens,
         "sequences_per_epoch": sequences_per_epoch,

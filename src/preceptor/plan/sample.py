@@ -39,6 +39,8 @@ class Sample:
     whole: whether the sample is all of the data. num_new_tokens: what the template adds to the vocabulary, and
     num_tokenizer: how many tokens the tokenizer has with them. new_stop_token: the one of them that ends a turn.
     stands_for: examples of an epoch that each conversation stands for; empty: as many for each.
+    num_replayed: conversations at the end that are not of `data.train`. num_positions: for how many tokens the model
+    has learned positions; None for any number.
     """
 
     conversations: tuple[TurnLengths, ...]
@@ -48,6 +50,8 @@ class Sample:
     num_tokenizer: int
     new_stop_token: str | None = None
     stands_for: tuple[float, ...] = ()
+    num_replayed: int = 0
+    num_positions: int | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -71,9 +75,19 @@ class Sample:
         """Of `num_tokens`."""
         return float(self.weights_N @ np.array([Work((turns,)).num_trained for turns in self.conversations]))
 
+    def longest(self, max_length: int) -> int:
+        """Tokens that an example may have."""
+        return min(max_length, self.num_positions or max_length)
+
+    def too_long(self, max_length: int, overflow: Overflow) -> tuple[int, int]:
+        """How many conversations of `data.train` have to be rejected, and of how many."""
+        longest, own = self.longest(max_length), self.conversations[: len(self.conversations) - self.num_replayed]
+        return sum(not shortened(turns, longest, overflow) for turns in own), len(own)
+
     def fitted(self, max_length: int, overflow: Overflow) -> "Sample":
         """With what training makes of the conversations that are too long, which of `reject` is nothing."""
-        found = [shortened(turns, max_length, overflow) for turns in self.conversations]
+        longest = self.longest(max_length)
+        found = [shortened(turns, longest, overflow) for turns in self.conversations]
         weights = [weight for parts, weight in zip(found, self.weights_N.tolist(), strict=True) for _ in parts]
         num_examples = None if self.num_examples is None else math.fsum(weights)
         kept = tuple(chain.from_iterable(found))
@@ -221,6 +235,7 @@ def _with_replay(sample: Sample, run: config.Run, opened: Sequence[OpenSource], 
         conversations=(*sample.conversations, *(every[index] for index in drawn)),
         num_examples=None if sample.num_examples is None else math.fsum(weights),
         stands_for=weights,
+        num_replayed=len(drawn),
     )
 
 

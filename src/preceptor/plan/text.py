@@ -121,6 +121,8 @@ def _work(plan: Mapping[str, Any]) -> str:
         )
         if data["few_steps"]:
             lines.append(f"  {data['few_steps']}")
+    if data.get("too_long"):
+        lines.append(f"  {data['too_long']}")
     kinds = ", ".join(f"{name} {number(count)}" for name, count in work["by_kind"].items() if count)
     lines.append(
         f"  operations per step  {number(work['operations_per_step'])} ({kinds}); 6 N T: {number(work['six_n_t'])}"
