@@ -20,7 +20,7 @@ from preceptor import config
 from preceptor.commands.plan import measured_rate
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.model.parts import tower_parameters
-from preceptor.plan.changes import find_change
+from preceptor.plan.changes import find_change, find_plan
 from preceptor.plan.devices import DeviceSpec, _read_gpu, find_device
 from preceptor.plan.dry_run import dry_run_of
 from preceptor.plan.model import read_model
@@ -460,6 +460,36 @@ def test_time_follows_from_the_rate(llama_8b):
     assert alone["work"]["seconds_per_step"] == pytest.approx(total / (0.4 * 989e12))
     assert measured["work"]["seconds_per_step"] == pytest.approx(total / 0.4e12)
     assert alone["work"]["seconds"] is None
+
+
+def test_of_several_processes_each_computes_its_part(llama_8b):
+    folder, dry_run = llama_8b
+    run = run_of(folder, train={"batch_size": 20})
+    model, h100 = read_model(run.model), find_device("H100")
+    found = [find_plan(run, model, "none", h100, dry_run, 1e15, ranks) for ranks in ((1, 1), (8, 1), (8, 4))]
+    alone, eight, more = (each["work"]["seconds_per_step"] for each in found)
+    assert (eight, more) == pytest.approx((alone * 3 / 20, alone / 20))
+    assert found[0]["work"]["operations_per_step"] == found[1]["work"]["operations_per_step"]
+    assert [each["memory"]["fits"] for each in found] == [False, True, True] and found[1]["ranks"]["chosen"]["fits"]
+    assert found[0]["change"] and not found[1]["tried"]
+    text = to_text(found[1])
+    assert "It fits on 8 processes." in text and "per step on 8 processes, without what they send" in text
+    cpu = DeviceSpec("cpu", 10**12, None, None, "cpu")
+    one, two = (make_plan(run, model, "none", cpu, 1e12, dry_run, ranks) for ranks in (None, (2, 1)))
+    assert one["work"]["seconds"] == two["work"]["seconds"], "they share the cores"
+    assert one["work"]["seconds_per_step"] == pytest.approx(two["work"]["seconds_per_step"])
+
+
+def test_what_is_proposed_for_several_processes_fits_those(llama_8b):
+    folder, dry_run = llama_8b
+    run = run_of(folder, data={"max_length": 8192})
+    model, small = read_model(run.model), DeviceSpec("small", 60 * 10**9, 1e15, 1e14)
+    plan = find_plan(run, model, "none", small, dry_run, ranks=(8, 1))
+    assert not plan["memory"]["fits"] and "It does not fit on 8 processes." in to_text(plan)
+    changed = run_of(folder, data={"max_length": 8192}, memory={"activation_checkpointing": "all"})
+    assert plan["change"]["set"] == ["memory.activation_checkpointing=all"]
+    again = find_plan(changed, model, "none", small, dry_run, ranks=(8, 1))
+    assert again["memory"]["fits"] and again["ranks"]["chosen"]["peak_bytes"] == plan["change"]["peak_bytes"]
 
 
 def test_a_measured_rate_is_one():

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from preceptor import config
 from preceptor.errors import ConfigError, ModelError
 from preceptor.plan.devices import DeviceSpec
-from preceptor.plan.memory import state_bytes
 from preceptor.plan.model import PlannedModel
-from preceptor.plan.plan import make_case, make_plan, setup_of
+from preceptor.plan.plan import make_plan, peak_of
 from preceptor.plan.sample import Sample
 
 if TYPE_CHECKING:
@@ -38,12 +37,19 @@ def find_plan(
     ranks: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     """The plan, and the cheapest change where it does not fit. ranks: processes on a node, nodes."""
-    found = make_plan(run, model, sample, device, rate, dry_run, None if ranks == (1, 1) else ranks)
+    of_several = None if ranks == (1, 1) else ranks
+    found = make_plan(run, model, sample, device, rate, dry_run, of_several)
     none_needed: dict[str, Any] = {"change": None, "tried": []}
-    return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device))
+    return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device, of_several))
 
 
-def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
+def find_change(
+    run: config.Run,
+    dry_run: "DryRun",
+    sample: Sample | str,
+    device: DeviceSpec,
+    ranks: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """The first change after which the run fits, and all that were tried; `change` is None where none does.
 
     Of each, `set` has what to add to the command line, and `peak_bytes` the peak then; where weights, gradients and
@@ -54,15 +60,10 @@ def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device
         changed = _changed(run, keys)
         if changed is None:
             continue
-        setup = setup_of(changed, sample, device)
-        parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, choice=setup.choice)
-        peak = sum(state_bytes(setup, parameters).values())
-        if peak <= device.usable_bytes:
-            try:
-                peak = make_case(changed, dry_run, sample, device).memory.peak_bytes
-            except ModelError:  # of a context gradient that the model's layers do not take
-                continue
-        fits = peak <= device.usable_bytes
+        try:
+            peak, fits = peak_of(changed, dry_run, sample, device, ranks)
+        except ModelError:  # of a context gradient that the model's layers do not take
+            continue
         tried.append({"set": [f"{key}={value}" for key, value in keys.items()], "peak_bytes": peak, "fits": fits})
         if fits:
             return {"change": tried[-1], "tried": tried}

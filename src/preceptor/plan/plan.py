@@ -83,6 +83,7 @@ def make_plan(
     num_rows, stop = _num_rows(dry_run.num_rows, sample), None if isinstance(sample, str) else sample.new_stop_token
     dry_run.require_trainable(setup_of(run, sample, device), num_rows, stop, run.optimizer.lr_factors)
     case = make_case(run, dry_run, sample, device)
+    of_ranks = None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, ranks)
     return plan | {
         "parameters": case.parameters.to_json(),
         "sequence": {
@@ -96,11 +97,11 @@ def make_plan(
             "host_bytes": host_bytes(case.setup, case.parameters),
             "peak_bytes": case.memory.peak_bytes,
             "moment": case.memory.moment,
-            "fits": case.memory.peak_bytes <= device.usable_bytes,
+            "fits": case.memory.peak_bytes <= device.usable_bytes if of_ranks is None else of_ranks["chosen"]["fits"],
         },
-        "ranks": None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, ranks),
+        "ranks": of_ranks,
         "data": _data_facts(run, sample),
-        "work": _work_facts(run, case, sample, device, rate),
+        "work": _work_facts(run, case, sample, device, rate, ranks or (1, 1)),
         "would_fit": would_fit(run, dry_run, sample),
     }
 
@@ -268,18 +269,44 @@ def _ranks_facts(
     run: config.Run, dry_run: "DryRun", case: Case, sample: Sample | str, device: DeviceSpec, ranks: tuple[int, int]
 ) -> dict[str, Any]:
     """Every way to spread the model over processes, and the one that the run takes."""
-    ranks_per_node, num_ranks = ranks[0], ranks[0] * ranks[1]
+    num_ranks = ranks[0] * ranks[1]
     setup = _in_passes(case.setup, dry_run.reads_alone, num_ranks)
     moments = dry_run.step(setup, case.work.policy, case.work.sequence(), _num_rows(dry_run.num_rows, sample))
-    usable_bytes = device.usable_bytes // (ranks_per_node if device.device_type == "cpu" else 1)
-    found = list(placements(setup, case.parameters, moments, num_ranks, ranks_per_node, usable_bytes))
+    usable_bytes = device.usable_bytes // _shared_by(device, ranks)
+    found = list(placements(setup, case.parameters, moments, num_ranks, ranks[0], usable_bytes))
     return {
         "num_ranks": num_ranks,
-        "ranks_per_node": ranks_per_node,
+        "ranks_per_node": ranks[0],
         "usable_bytes": usable_bytes,
         "ways": [asdict(each) for each in found],
         "chosen": asdict(choose(found, run.parallel.strategy)),
     }
+
+
+def _shared_by(device: DeviceSpec, ranks: tuple[int, int]) -> int:
+    """Processes on one device: each has a GPU of its own, or a part of the cores and the memory."""
+    return ranks[0] if device.device_type == "cpu" else 1
+
+
+def peak_of(
+    run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec, ranks: tuple[int, int] | None
+) -> tuple[int, bool]:
+    """The most bytes on one process at one time, and whether they fit; where the states alone do not, of those."""
+    setup = setup_of(run, sample, device)
+    parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, choice=setup.choice)
+    if ranks is None:
+        peak = sum(state_bytes(setup, parameters).values())
+        if peak <= device.usable_bytes:
+            peak = make_case(run, dry_run, sample, device).memory.peak_bytes
+        return peak, peak <= device.usable_bytes
+    num_ranks, usable_bytes = ranks[0] * ranks[1], device.usable_bytes // _shared_by(device, ranks)
+    setup = _in_passes(setup, dry_run.reads_alone, num_ranks)
+    found = choose(list(placements(setup, parameters, (), num_ranks, ranks[0], usable_bytes)), run.parallel.strategy)
+    if not found.fits:
+        return found.peak_bytes or 0, False
+    case = make_case(run, dry_run, sample, device)
+    chosen = _ranks_facts(run, dry_run, case, sample, device, ranks)["chosen"]
+    return chosen["peak_bytes"], chosen["fits"]
 
 
 def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
@@ -313,18 +340,21 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
 
 
 def _work_facts(
-    run: config.Run, case: Case, sample: Sample | str, device: DeviceSpec, rate: float | None
+    run: config.Run, case: Case, sample: Sample | str, device: DeviceSpec, rate: float | None, ranks: tuple[int, int]
 ) -> dict[str, Any]:
-    """Operations of a step by what is multiplied, beside 6 N T, and what they take at SHARE_OF_RATE of the rate."""
+    """Operations of a step by what is multiplied, beside 6 N T, and what they take at SHARE_OF_RATE of the rate, in the
+    process that has the most sequences.
+    """
     sequences = case.setup.sequences_per_step
+    own = math.ceil(sequences / (ranks[0] * ranks[1])) * _shared_by(device, ranks)
     by_kind = operations(case.parameters, case.work, case.setup.kl_to_base)
-    total = sum(by_kind.values()) * sequences
+    of_sequence = sum(by_kind.values())
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
-    seconds = None if of_device is None else total / (of_device * SHARE_OF_RATE)
+    seconds = None if of_device is None else own * of_sequence / (of_device * SHARE_OF_RATE)
     steps = _data_facts(run, sample).get("num_steps")
     return {
-        "operations_per_step": total,
+        "operations_per_step": of_sequence * sequences,
         "by_kind": {kind: count * sequences for kind, count in by_kind.items()},
         "six_n_t": 6.0 * case.parameters.active * case.work.num_tokens * sequences,
         "rate": of_device,

@@ -74,14 +74,16 @@ _WHEN = {
 
 
 def _verdict(plan: Mapping[str, Any]) -> str:
-    device, memory = plan["device"], plan["memory"]
+    device, memory, ranks = plan["device"], plan["memory"], plan["ranks"]
+    on = "" if ranks is None else f" on {ranks['num_ranks']} processes"
     room = f"{device['name']}: {size(device['memory_bytes'])}, usable: {size(device['usable_bytes'])}"
     if memory["fits"]:
-        return f"It fits. {room}."
-    lines = [f"It does not fit. {room}."]
+        return f"It fits{on}. {room}."
+    lines = [f"It does not fit{on}. {room}."]
     change = plan["change"]
     if change is None:
-        lines.append("  No change of the run file makes it fit this device. On several: --nproc N.")
+        more = " On several: --nproc N." if ranks is None else ""
+        lines.append(f"  No change of the run file makes it fit {'this device' if ranks is None else 'them'}.{more}")
     else:
         keys = " ".join(change["set"])
         lines.append(f"  Cheapest change that fits: add {keys} (peak {size(change['peak_bytes'])})")
@@ -130,9 +132,10 @@ def _work(plan: Mapping[str, Any]) -> str:
     if work["rate"] is None:
         lines.append("  time is not known; --measure measures how fast this machine is")
     else:
+        on = "" if plan["ranks"] is None else f" on {plan['ranks']['num_ranks']} processes, without what they send"
         source = "measured here" if work["rate_is_measured"] else "the manufacturer's figure"
         lines.append(
-            f"  about {seconds(work['seconds_per_step'])} per step"
+            f"  about {seconds(work['seconds_per_step'])} per step{on}"
             + (f", {seconds(work['seconds'])} in total" if work["seconds"] is not None else "")
             + f", at {work['share_of_rate']:.0%} (assumed) of {number(work['rate'])} operations per second ({source})"
         )
