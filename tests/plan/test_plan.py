@@ -24,7 +24,7 @@ from preceptor.plan.changes import find_change, find_plan
 from preceptor.plan.devices import DeviceSpec, _read_gpu, find_device
 from preceptor.plan.dry_run import dry_run_of
 from preceptor.plan.model import read_model
-from preceptor.plan.plan import make_case, make_plan, place_on_ranks, would_fit
+from preceptor.plan.plan import make_case, make_plan, peak_of, place_on_ranks, would_fit
 from preceptor.plan.sample import Sample, sample_data
 from preceptor.plan.text import number, seconds, size, to_text
 from tiny import seeing_model, tiny_model
@@ -346,6 +346,48 @@ def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_t
     changed = config.load(run_file, found["change"]["set"])
     case = make_case(changed, dry_run, "none", target)
     assert case.memory.peak_bytes == found["change"]["peak_bytes"] <= target.usable_bytes
+
+
+OF_A_CHANGE = [
+    {"model": {"freeze": ["*.embed_tokens*"]}},
+    {"model": {"train_only": ["*.layers.1.*"]}},
+    {"model": {"dtype": "bfloat16"}, "optimizer": {"rounding": "stochastic"}},
+    {"optimizer": {"name": "sgd", "momentum": 0.5, "learning_rate": 0.01}},
+    {"optimizer": {"name": "muon", "momentum": 0.95}},
+    {"optimizer": {"lr_factors": {"*.embed_tokens*": 0.1}}},
+]
+
+
+@pytest.mark.parametrize("own", OF_A_CHANGE)
+def test_every_change_is_one_that_the_run_file_and_the_model_take(tmp_path, own):
+    tiny_model("llama", vocab_size=512).config.save_pretrained(tmp_path)
+    tree = {"model": {"path": str(tmp_path)}, "data": {"train": [{"path": "x"}], "max_length": 2048}, "out": "x"}
+    run_file = tmp_path / "run.yaml"
+    tree |= {name: {**tree.get(name, {}), **keys} for name, keys in own.items()}
+    run_file.write_text(json.dumps(tree))
+    run = config.load(run_file)
+    dry_run, tiny = dry_run_of(run.model), DeviceSpec("tiny", 1000, None, None)
+    tried = find_change(run, dry_run, "none", tiny)["tried"]
+    assert any(key.startswith(("adapter", "optimizer", "model")) for change in tried for key in change["set"])
+    assert any("adapter.kind=lora" in change["set"] for change in tried) == ("lr_factors" not in str(own))
+    for change in tried:
+        assert peak_of(config.load(run_file, change["set"]), dry_run, "none", tiny, None)[0] == change["peak_bytes"]
+
+
+def test_the_change_of_a_run_file_can_be_pasted(plan_of_70b):
+    change = {"set": ["adapter.kind=lora", "model.freeze=[]"], "peak_bytes": 1}
+    assert "add adapter.kind=lora 'model.freeze=[]' (peak" in to_text({**plan_of_70b, "change": change})
+
+
+def test_what_is_left_out_as_too_long_does_not_keep_sequences_long(tmp_path):
+    tiny_model("llama", vocab_size=512).config.save_pretrained(tmp_path)
+    sample = Sample((((100, 50),), ((3000, 50),)), 200.0, False, 0, 512)
+    run = run_of(tmp_path, data={"max_length": 2048})
+    tried = find_change(run, dry_run_of(run.model), sample, DeviceSpec("tiny", 1000, None, None))["tried"]
+    assert [change["set"] for change in tried if change["set"][0].startswith("data.")] == [
+        ["data.max_length=1024"],
+        ["data.max_length=512"],
+    ]
 
 
 def test_a_change_that_the_model_does_not_take_is_passed_over(tmp_path):

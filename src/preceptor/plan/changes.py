@@ -9,13 +9,14 @@
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
 from preceptor.errors import ConfigError, ModelError
 from preceptor.plan.devices import DeviceSpec
 from preceptor.plan.model import PlannedModel
-from preceptor.plan.plan import make_plan, peak_of
+from preceptor.plan.plan import fitted_to, make_plan, of_model, peak_of
 from preceptor.plan.sample import Sample
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 Keys = Mapping[str, Any]
 _SHORTEST = 512  # tokens of a sequence, where the data says nothing
 _HALF: Keys = {"model.dtype": "bfloat16", "train.precision": "bfloat16"}
+_TAKEN_OUT: Mapping[str, Keys] = {  # what does not go with a key
+    "adapter.kind": {"model.freeze": [], "model.train_only": [], "optimizer.rounding": None},
+    "optimizer.name": {"optimizer.momentum": None},
+}
 _CHECKPOINTED: Keys = {"memory.activation_checkpointing": "all"}
 
 
@@ -56,15 +61,16 @@ def find_change(
     optimizer are too much by themselves, those.
     """
     tried: list[dict[str, Any]] = []
-    for keys in _candidates(run, sample):
+    for keys in _candidates(run, of_model(sample, dry_run)):
+        keys = _with_taken_out(run, keys)
         changed = _changed(run, keys)
         if changed is None:
             continue
         try:
             peak, fits = peak_of(changed, dry_run, sample, device, ranks)
-        except ModelError:  # of a context gradient that the model's layers do not take
+        except ModelError:  # of a context gradient that the layers do not take, or factors of what is frozen then
             continue
-        tried.append({"set": [f"{key}={value}" for key, value in keys.items()], "peak_bytes": peak, "fits": fits})
+        tried.append({"set": [_override(*each) for each in keys.items()], "peak_bytes": peak, "fits": fits})
         if fits:
             return {"change": tried[-1], "tried": tried}
     return {"change": None, "tried": tried}
@@ -95,7 +101,7 @@ def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:
 
 def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
     """Halves of the sequence, down to what the longest conversation of the sample still fits in."""
-    longest = _SHORTEST if isinstance(sample, str) else max([_SHORTEST, *sample.lengths])
+    longest = _SHORTEST if isinstance(sample, str) else max([_SHORTEST, *fitted_to(run, sample).lengths])
     tokens = run.data.max_length // 2
     while tokens >= longest:
         yield tokens
@@ -105,11 +111,6 @@ def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
 def _changed(run: config.Run, keys: Keys) -> config.Run | None:
     """The run with the keys set; None where that is the run itself, or no run that could work."""
     tree = run.model_dump(mode="json")
-    if "adapter.kind" in keys:
-        tree["model"] |= {"freeze": [], "train_only": []}
-    for name in ("learning_rate", "momentum", "rounding"):  # defaults that follow from others
-        if any(key in keys for key in ("adapter.kind", "model.dtype", "optimizer.name")):
-            tree["optimizer"][name] = None
     for key, value in keys.items():
         section, _, name = key.partition(".")
         tree[section] = {**(tree[section] or {}), name: value}
@@ -118,3 +119,17 @@ def _changed(run: config.Run, keys: Keys) -> config.Run | None:
     except ConfigError:
         return None
     return None if changed == run and "adapter.kind" not in keys else changed
+
+
+def _with_taken_out(run: config.Run, keys: Keys) -> Keys:
+    """The keys, and those of the run file that do not go with them."""
+    tree, more = run.model_dump(mode="json"), dict(keys)
+    for key, none in chain.from_iterable(_TAKEN_OUT[key].items() for key in keys if key in _TAKEN_OUT):
+        section, _, name = key.partition(".")
+        if tree[section][name] != none:
+            more[key] = none
+    return more
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={'null' if value is None else value}"

@@ -75,13 +75,12 @@ def make_plan(
         "device": {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes},
         "quick": dry_run is None,
     }
-    sample = _of_model(sample, dry_run)
+    sample = of_model(sample, dry_run)
     _require_fitting(run, sample)
     if dry_run is None:
         plan["model"]["towers_open"] = model.towers_open
         return plan | _states(run, model, sample, device)
-    num_rows, stop = _num_rows(dry_run.num_rows, sample), None if isinstance(sample, str) else sample.new_stop_token
-    dry_run.require_trainable(setup_of(run, sample, device), num_rows, stop, run.optimizer.lr_factors)
+    _require_trainable(run, dry_run, sample, device)
     case = make_case(run, dry_run, sample, device)
     of_ranks = None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, ranks)
     return plan | {
@@ -104,6 +103,12 @@ def make_plan(
         "work": _work_facts(run, case, sample, device, rate, ranks or (1, 1)),
         "would_fit": would_fit(run, dry_run, sample),
     }
+
+
+def _require_trainable(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> None:
+    stop = None if isinstance(sample, str) else sample.new_stop_token
+    num_rows = _num_rows(dry_run.num_rows, sample)
+    dry_run.require_trainable(setup_of(run, sample, device), num_rows, stop, run.optimizer.lr_factors)
 
 
 def _states(run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
 
 def make_case(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> Case:
     """The run on this device, its largest sequence and its peak."""
-    sample = _of_model(sample, dry_run)
+    sample = of_model(sample, dry_run)
     work = Work(largest_sequence(run, sample), _policy(run))
     return _case(dry_run, setup_of(run, sample, device), work, _num_rows(dry_run.num_rows, sample))
 
@@ -202,14 +207,14 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
 def _known_largest(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...] | None:
     if isinstance(sample, str) or run.data.streaming:
         return None
-    return _fitted(run, sample).largest_sequence(run.data.max_length)
+    return fitted_to(run, sample).largest_sequence(run.data.max_length)
 
 
-def _fitted(run: config.Run, sample: Sample) -> Sample:
+def fitted_to(run: config.Run, sample: Sample) -> Sample:
     return sample.fitted(run.data.max_length, run.data.overflow)
 
 
-def _of_model(sample: Sample | str, dry_run: "DryRun | None") -> Sample | str:
+def of_model(sample: Sample | str, dry_run: "DryRun | None") -> Sample | str:
     """The sample, for the model's positions."""
     if isinstance(sample, str) or dry_run is None:
         return sample
@@ -221,7 +226,7 @@ def _require_fitting(run: config.Run, sample: Sample | str) -> None:
     if isinstance(sample, str) or not sample.whole or not sample.conversations:
         return
     longest = sample.longest(run.data.max_length)
-    if not _fitted(run, sample).conversations:
+    if not fitted_to(run, sample).conversations:
         key = "data.max_length" if longest == run.data.max_length else "the model's learned positions, data.max_length"
         raise DataError(
             f"data.train: no example fits in {key} ({longest:,} tokens) with data.overflow: {run.data.overflow}; the "
@@ -291,7 +296,11 @@ def _shared_by(device: DeviceSpec, ranks: tuple[int, int]) -> int:
 def peak_of(
     run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec, ranks: tuple[int, int] | None
 ) -> tuple[int, bool]:
-    """The most bytes on one process at one time, and whether they fit; where the states alone do not, of those."""
+    """The most bytes on one process at one time, and whether they fit; where the states alone do not, of those.
+
+    Raises ModelError for what training refuses.
+    """
+    _require_trainable(run, dry_run, sample, device)
     setup = setup_of(run, sample, device)
     parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, choice=setup.choice)
     if ranks is None:
@@ -314,7 +323,7 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
     if isinstance(sample, str):
         return {"open": sample}
     too_long, read = _too_long(run, sample), bool(sample.conversations)
-    sample = _fitted(run, sample)
+    sample = fitted_to(run, sample)
     if read and not sample.conversations:
         return {"open": "every example that was read is longer than data.max_length"}
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)

@@ -1,5 +1,6 @@
 """A plan as plain lines, which can also be searched and compared."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +86,7 @@ def _verdict(plan: Mapping[str, Any]) -> str:
         more = " On several: --nproc N." if ranks is None else ""
         lines.append(f"  No change of the run file makes it fit {'this device' if ranks is None else 'them'}.{more}")
     else:
-        keys = " ".join(change["set"])
+        keys = shlex.join(change["set"])
         lines.append(f"  Cheapest change that fits: add {keys} (peak {size(change['peak_bytes'])})")
     return "\n".join(lines)
 
