@@ -27,6 +27,7 @@ from preceptor.plan.model import read_model
 from preceptor.plan.plan import make_case, make_plan, peak_of, place_on_ranks, would_fit
 from preceptor.plan.sample import Sample, sample_data
 from preceptor.plan.text import number, seconds, size, to_text
+from preceptor.plan.work import Work, operations
 from tiny import seeing_model, tiny_model
 
 LLAMA_70B = {
@@ -436,6 +437,10 @@ def test_a_model_that_reads_one_conversation_at_a_time_is_planned_so(tmp_path):
     run = run_of(tmp_path, data={"max_length": 256})
     case = make_case(run, dry_run_of(run.model), sample, find_device("H100"))
     assert case.work.alone and case.work.conversations == (((20, 30),),)
+    work = make_plan(run, read_model(run.model), sample, find_device("H100"), None, dry_run_of(run.model))["work"]
+    assert work["six_n_t"] == 6 * case.parameters.active * 65 * run.train.batch_size, "all of its conversations count"
+    of_sequence = sum(operations(case.parameters, Work(sample.conversations)).values())
+    assert work["operations_per_step"] == pytest.approx(of_sequence * run.train.batch_size)
     half = run_of(tmp_path, {"dtype": "bfloat16"}, train={"batch_size": 1}, data={"max_length": 256})
     case = make_case(half, dry_run_of(run.model), sample, find_device("H100"))
     assert case.memory.components["gradients"] == 4 * case.parameters.num_trained, "summed over the passes of a step"

@@ -45,9 +45,14 @@ _RANK = 16  # of the adapter in what would fit, where the run has none
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to run: parameters, the largest sequence of the data, the setup, and the memory of a step."""
+    """One way to run: parameters, the largest sequence of the data, the setup, and the memory of a step.
+
+    work: what goes through the model at one time, of a model that reads one conversation at a time the longest of
+    `packed`, the sequence.
+    """
 
     parameters: Parameters
+    packed: Work
     work: Work
     setup: Setup
     memory: StepMemory
@@ -164,7 +169,8 @@ def _policy(run: config.Run) -> ActivationPolicy:
     return ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
 
 
-def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
+def _case(dry_run: "DryRun", setup: Setup, packed: Work, num_rows: int) -> Case:
+    work = packed
     if not dry_run.reads_alone:
         try:
             moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
@@ -177,7 +183,7 @@ def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
         moments = dry_run.step(_in_passes(setup, True), work.policy, work.sequence(), num_rows)
     parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows, setup.choice)
     memory = step_memory(_in_passes(setup, dry_run.reads_alone), parameters, moments)
-    return Case(parameters, work, setup, memory)
+    return Case(parameters, packed, work, setup, memory)
 
 
 def _in_passes(setup: Setup, reads_alone: bool, num_ranks: int = 1) -> Setup:
@@ -356,7 +362,7 @@ def _work_facts(
     """
     sequences = case.setup.sequences_per_step
     own = math.ceil(sequences / (ranks[0] * ranks[1])) * _shared_by(device, ranks)
-    by_kind = operations(case.parameters, case.work, case.setup.kl_to_base)
+    by_kind = operations(case.parameters, case.packed, case.setup.kl_to_base)
     of_sequence = sum(by_kind.values())
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
@@ -365,7 +371,7 @@ def _work_facts(
     return {
         "operations_per_step": of_sequence * sequences,
         "by_kind": {kind: count * sequences for kind, count in by_kind.items()},
-        "six_n_t": 6.0 * case.parameters.active * case.work.num_tokens * sequences,
+        "six_n_t": 6.0 * case.parameters.active * case.packed.num_tokens * sequences,
         "rate": of_device,
         "rate_is_measured": rate is not None,
         "share_of_rate": SHARE_OF_RATE,
