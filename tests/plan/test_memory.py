@@ -6,10 +6,14 @@ import pytest
 import torch
 from measured import measured_peak, sequence_of
 from test_parameters import LLAMA_8B, REAL, built
+from torch.utils.flop_counter import FlopCounterMode
 
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.options import KEEP_ALL, ActivationPolicy
+from preceptor.model.parts import choose_trained
+from preceptor.plan.counting import count_built
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import Moment, Setup, host_bytes, state_bytes, step_memory, update_bytes
 from preceptor.plan.parameters import LoraSpec, count_parameters
@@ -177,3 +181,27 @@ def test_operations_that_are_left_out_or_added():
     experts = built(REAL["Qwen3-30B-A3B"][0]).parameters()
     expected = 6 * (experts.active - experts.outside) * 4000
     assert operations(experts, Work((turns,)))["linear layers"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "train_only"),
+    [
+        ((), ()),
+        ((), ("*.layers.7.*",)),
+        (("*.embed_tokens*", *(f"*.layers.{index}.*" for index in range(5))), ()),
+        ((), ("lm_head*",)),
+        ((), ("*.mlp.*",)),
+        (("*.mlp.*",), ()),
+        ((), ("*.layers.4.mlp.down_proj*",)),
+    ],
+)
+def test_matrix_products_of_a_model_that_is_partly_frozen(freeze, train_only):
+    """Those that torch does; the last layer spares what only context tokens need."""
+    model = tiny_model("llama", vocab_size=512, num_hidden_layers=8)
+    choose_trained(model, freeze, train_only)
+    sequence = (((300, 100),),)
+    with FlopCounterMode(display=False) as counter:
+        Engine(model)(sequence_of(sequence), step=StepContext(accumulates=True)).backward()
+    done = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    found = operations(count_built(model, model), Work(sequence))
+    assert found["linear layers"] + found["head"] == pytest.approx(done, rel=0.15)

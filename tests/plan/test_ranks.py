@@ -14,7 +14,7 @@ from preceptor.plan.text import to_text
 from scaling_ranks import rank_sent_bytes
 from tiny_types import BASE
 
-LAYER = LayerParameters(1000, 1000, 1000, 64, None)
+LAYER = LayerParameters(1000, 1000, 1000, 64, None, 1000, 1000)
 MODEL = {"embedding": 500, "mlp": 10_000}
 FULL = Parameters(MODEL, MODEL, 10_500, (LAYER,) * 10, 500, {(True, (100, 100)): 1, (False, (50, 10)): 1})
 LORA = Parameters(MODEL, {"adapter": 200}, 10_500, (LAYER,) * 10, 500, {(True, (100, 2)): 1})

@@ -74,16 +74,26 @@ def _layer_parameters(model: Any, layer: nn.Module) -> LayerParameters:
     settings = causal_lm(model).config.get_text_config(decoder=True)
     count, per_token = _first(settings, NUM_EXPERTS), _first(settings, NUM_CHOSEN)
     share = per_token / count if count and per_token else 1.0  # of the experts' parameters, what a token goes through
-    total, active, matrices = 0, 0.0, 0.0
+    total, trained, active, matrices, trained_matrices = 0, 0, 0.0, 0.0, 0.0
     for name, parameter in layer.named_parameters():
         used = parameter.numel() * (share if ".experts." in f".{name}" else 1)
         total += parameter.numel()
         active += used
         matrices += used if parameter.dim() >= 2 else 0
+        trained += parameter.numel() * parameter.requires_grad
+        trained_matrices += used if parameter.dim() >= 2 and parameter.requires_grad else 0
     heads = int(getattr(settings, "num_attention_heads", 0) or 0)
     head_dim = int(getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0))
     attends = any("attn" in name or "attention" in name for name, _ in layer.named_modules())
-    return LayerParameters(total, round(active), round(matrices), heads * head_dim * attends, _window(settings, layer))
+    return LayerParameters(
+        total=total,
+        active=round(active),
+        matrices=round(matrices),
+        query_width=heads * head_dim * attends,
+        window=_window(settings, layer),
+        trained=trained,
+        trained_matrices=round(trained_matrices),
+    )
 
 
 def _window(settings: Any, layer: nn.Module) -> int | None:

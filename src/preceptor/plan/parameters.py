@@ -35,6 +35,7 @@ class LayerParameters:
     """Of one decoder layer: all parameters, those that one token goes through, and of these the elements of matrices.
 
     query_width: of all heads together, 0 without attention. window: tokens that its attention looks back, None for all.
+    trained: all parameters that are trained where no adapter is; trained_matrices: of `matrices`, those.
     """
 
     total: int
@@ -42,6 +43,8 @@ class LayerParameters:
     matrices: int
     query_width: int
     window: int | None
+    trained: int
+    trained_matrices: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,18 @@ class Parameters:
     def num_added(self) -> int:
         """Parameters that are not in the base: those of the adapter."""
         return sum(count for kind, count in self.trained.items() if kind not in self.base)
+
+    @property
+    def first_trained(self) -> int:
+        """The first layer that a backward pass reaches; their number where it reaches none."""
+        if self.num_added or self.trained.get("embedding"):
+            return 0
+        return next((index for index, layer in enumerate(self.layers) if layer.trained), len(self.layers))
+
+    @property
+    def trains_head(self) -> bool:
+        """A tied one is the embedding."""
+        return bool(self.trained.get("head" if "head" in self.base else "embedding"))
 
     @property
     def outside(self) -> int:

@@ -2,7 +2,8 @@
 
 A matrix product of T tokens with P parameters takes 2 P T operations forward, as many for the gradient of its input and
 as many for that of its weight: the familiar 6 N T (Kaplan et al. 2020), here with its errors corrected: the head scores
-trained tokens only, frozen weights have no gradient, experts count as far as a token goes through them, attention
+trained tokens only, frozen weights have no gradient, nor has what lies below the first trained layer,
+experts count as far as a token goes through them, attention
 counts the pairs of tokens that see each other, and layers that run again count again.
 """
 
@@ -65,22 +66,23 @@ def operations(parameters: Parameters, work: Work, kl_to_base: bool = False) -> 
     tokens, bearing = work.num_tokens, work.num_trained
     detached = work.policy.context_gradient == "detach"
     backward_tokens = bearing if detached else tokens
-    layers, updates = parameters.layers, parameters.trained.get("adapter", 0)
-    frozen = bool(parameters.num_added)
+    layers, updates, first = parameters.layers, parameters.trained.get("adapter", 0), parameters.first_trained
     matrices = sum(layer.matrices for layer in layers)
-    weight_share = 1 if frozen else 2  # gradients of the input alone, or of input and weight
+    reached = sum(layer.matrices for layer in layers[first:])  # of these the gradient of the input is computed
+    weights = 0 if parameters.num_added else sum(layer.trained_matrices for layer in layers)
     seen_share = _share_of_bearing_pairs(work) if detached else 1.0
-    of_divergence = 5 if frozen else 6  # the base's logits twice, the tuned model's, and back through its head
+    of_divergence = 5 + parameters.trains_head  # base's logits twice, the tuned model's, and back through its head
     attention = [4.0 * layer.query_width * _visible_pairs(layer, work) for layer in layers]
     again = sum(
         (2.0 * (layer.matrices + updates / len(layers)) * tokens + pairs) * _share_again(work, index, len(layers))
         for index, (layer, pairs) in enumerate(zip(layers, attention, strict=True))
+        if index >= first
     )
     divergence = matrices * 2.0 * tokens + sum(attention) + 2.0 * of_divergence * parameters.head * bearing
     return {
-        "linear layers": matrices * 2.0 * (tokens + weight_share * backward_tokens),
-        "attention": sum(attention) * (1 + 2 * seen_share),
-        "head": 2.0 * (2 if frozen else 3) * parameters.head * bearing,
+        "linear layers": 2.0 * (matrices * tokens + (reached + weights) * backward_tokens),
+        "attention": sum(attention) + 2 * seen_share * sum(attention[first:]),
+        "head": 2.0 * (2 + parameters.trains_head) * parameters.head * bearing,
         "adapter": updates * 2.0 * (tokens + 2 * backward_tokens),
         "computed again": again,
         "base (kl_coef)": kl_to_base * divergence,
