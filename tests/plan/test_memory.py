@@ -108,6 +108,20 @@ def test_the_state_of_every_optimizer_by_arithmetic_and_by_dry_run(kind, name, a
         assert quick == found
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_without_momentum_has_no_state(momentum):
+    model = tiny_model("llama")
+    optimizer = build_optimizer(model, name="sgd", momentum=momentum)
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    kept = (tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "updates")
+    made = sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+    parameters = count_built(model, model)
+    assert made == (4 * parameters.num_trained if momentum else 0) == expected_state_bytes(optimizer)
+    assert made == state_bytes(Setup(optimizer="sgd", momentum=momentum), parameters)["optimizer"]
+    assert optimizer_memory(optimizer)[0] == made
+
+
 @pytest.mark.parametrize(
     ("name", "rounding", "num_sequences"),
     [

@@ -499,6 +499,15 @@ def test_the_plan_of_a_run_without_a_precision_follows_the_device(llama_8b):
     assert plan["memory"] == plan_of(run_of(folder, train={"precision": "bfloat16"}), dry_run=dry_run)["memory"]
 
 
+def test_sgd_without_momentum_is_planned_without_state(llama_8b):
+    folder, dry_run = llama_8b
+    found = [
+        plan_of(run_of(folder, optimizer={"name": "sgd", **own}), dry_run=dry_run) for own in ({}, {"momentum": 0})
+    ]
+    states = [plan["memory"]["components"]["optimizer"] for plan in found]
+    assert states == [4 * found[0]["parameters"]["trained_total"], 0]
+
+
 def test_time_follows_from_the_rate(llama_8b):
     folder, dry_run = llama_8b
     run = run_of(folder, train={"precision": "bfloat16"})

@@ -42,11 +42,13 @@ def rule_of(optimizer: OptimizerName, shape: tuple[int, ...], in_layer: bool) ->
     return "adamw" if optimizer in ("muon", "adamw_8bit") and not matrix else optimizer
 
 
-def state_tensors(rule: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def state_tensors(rule: str, shape: tuple[int, ...], momentum: float | None = None) -> tuple[int, ...]:
     """Bytes of each tensor in the state of one weight under a rule: adamw has two means, muon and sgd one, adafactor
-    those of rows and columns.
+    those of rows and columns. Without momentum sgd has none.
     """
     count = math.prod(shape)
+    if rule == "sgd" and momentum == 0:
+        return ()
     if len(shape) < 2:
         return (FLOAT32 * count,) * (1 if rule in ("adafactor", "sgd") else 2)
     rows = count // max(1, shape[-1])
@@ -55,11 +57,6 @@ def state_tensors(rule: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if rule == "adafactor":
         return FLOAT32 * rows, FLOAT32 * (count // max(1, shape[-2]))
     return (FLOAT32 * count,) * (2 if rule == "adamw" else 1)
-
-
-def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
-    """State of one weight under a rule."""
-    return sum(state_tensors(rule, shape))
 
 
 def quantized_bytes(kind: Quantization, double: bool, shape: tuple[int, ...]) -> int:
@@ -84,7 +81,7 @@ class Setup:
     rounding: of trained bfloat16 weights (`optimizer.rounding`). offload: optimizer states are in the host's memory.
     sequences_per_step: of one process. wide_gradients: those of bfloat16 weights are float32, also where a process has
     but one of a step's. router_aux_coef: as in the run file. kl_to_base: the base runs as well (`loss.kl_coef`); in
-    full fine-tuning it is a copy of its own.
+    full fine-tuning it is a copy of its own. momentum: of muon and sgd; None: some.
     """
 
     weights: Weights = "float32"
@@ -102,6 +99,7 @@ class Setup:
     router_aux_coef: float | None = None
     kl_to_base: bool = False
     wide_gradients: bool = False
+    momentum: float | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -184,7 +182,7 @@ def _optimizer_bytes(setup: Setup, parameters: Parameters) -> int:
 
 def _weight_state_bytes(setup: Setup, shape: tuple[int, ...], in_layer: bool) -> int:
     low = LOW * math.prod(shape) if setup.half_trained and setup.rounding == "exact" else 0
-    return optimizer_bytes(rule_of(setup.optimizer, shape, in_layer), shape) + low
+    return sum(state_tensors(rule_of(setup.optimizer, shape, in_layer), shape, setup.momentum)) + low
 
 
 def update_bytes(setup: Setup, parameters: Parameters) -> int:

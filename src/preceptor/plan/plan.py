@@ -155,6 +155,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         offload=run.optimizer.offload and device.device_type != "cpu",
         router_aux_coef=run.loss.router_aux_coef,
         kl_to_base=run.loss.kl_coef > 0,
+        momentum=run.optimizer.momentum,
     )
 
 

@@ -2,9 +2,9 @@
 
 A matrix product of T tokens with P parameters takes 2 P T operations forward, as many for the gradient of its input and
 as many for that of its weight: the familiar 6 N T (Kaplan et al. 2020), here with its errors corrected: the head scores
-trained tokens only, frozen weights have no gradient, nor has what lies below the first trained layer,
-experts count as far as a token goes through them, attention
-counts the pairs of tokens that see each other, and layers that run again count again.
+trained tokens only, frozen weights have no gradient, nor has what lies below the first trained layer, experts count as
+far as a token goes through them, attention counts the pairs of tokens that see each other, and layers that run again
+count again.
 """
 
 from dataclasses import dataclass

@@ -68,7 +68,7 @@ def build_optimizer(
     elif name == "adafactor":
         rules[name] = torch_rule(torch.optim.Adafactor)
     names = {parameter: own_name for own_name, parameter in trained.items()}
-    return WeightwiseOptimizer(ordered, rules, names, rounding if half else None, seed, offload)
+    return WeightwiseOptimizer(ordered, rules, names, rounding if half else None, seed, offload, momentum)
 
 
 def optimizer_lines(optimizer: torch.optim.Optimizer) -> Iterator[str]:
@@ -206,8 +206,10 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, t
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer, rule: str, p: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    exact = isinstance(optimizer, WeightwiseOptimizer) and optimizer.rounding == "exact" and p.dtype == torch.bfloat16
-    return (*state_tensors(rule, shape), *([LOW * math.prod(shape)] if exact else []))
+    if not isinstance(optimizer, WeightwiseOptimizer):
+        return state_tensors(rule, shape)
+    low = [LOW * math.prod(shape)] if optimizer.rounding == "exact" and p.dtype == torch.bfloat16 else []
+    return (*state_tensors(rule, shape, optimizer.momentum), *low)
 
 
 def optimizer_memory(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

@@ -32,7 +32,9 @@ weight and state after a step."""
 
 
 class WeightwiseOptimizer(torch.optim.Optimizer):
-    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters."""
+    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters. momentum:
+    as the rules have it.
+    """
 
     def __init__(
         self,
@@ -42,9 +44,10 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         rounding: Rounding | None,
         seed: int,
         offload: bool = False,
+        momentum: float | None = None,
     ) -> None:
         self.rules, self._names, self.rounding, self._seed, self.offload = rules, names, rounding, seed, offload
-        self.compiled = False
+        self.momentum, self.compiled = momentum, False
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
