@@ -479,6 +479,22 @@ def test_devices_by_name_and_by_driver():
     assert _read_gpu(["some new thing, 1000"]).half_rate is None and _read_gpu([]) is None
 
 
+def test_a_run_on_the_processor_is_planned_for_it(monkeypatch, run_file, preceptor):
+    gpu = _read_gpu(["NVIDIA H100 80GB HBM3, 81559, 9.0"])
+    monkeypatch.setattr("preceptor.plan.devices._gpu_by_driver", lambda: gpu)
+    assert find_device(None) == find_device("this") == gpu != find_device(None, "cpu")
+    for keys, name, precision in (
+        ((), "this machine (NVIDIA H100 80GB HBM3)", "bfloat16"),
+        (("train.device=cpu",), "this machine", "float32"),
+        (("train.device=cpu", "--device=H200"), "H200", "bfloat16"),
+    ):
+        code, out, err = preceptor("plan", run_file(), "--quick", "--json", *keys)
+        assert code == 0, err
+        assert (json.loads(out)["device"]["name"], json.loads(out)["run"]["precision"]) == (name, precision)
+    code, _, err = preceptor("plan", run_file(), "--device=H200", "--measure")
+    assert code == 2 and "--measure: is of this machine, and --device names another (H200)" in err
+
+
 def test_the_default_precision_is_that_of_the_device():
     old = _read_gpu(["Tesla T4, 15360, 7.5"])
     this_cpu = DeviceSpec("cpu", 1, None, None, device_type="cpu")
@@ -516,6 +532,11 @@ def test_time_follows_from_the_rate(llama_8b):
     assert alone["work"]["seconds_per_step"] == pytest.approx(total / (0.4 * 989e12))
     assert measured["work"]["seconds_per_step"] == pytest.approx(total / 0.4e12)
     assert alone["work"]["seconds"] is None
+    steps = plan_of(run_of(folder, train={"precision": "bfloat16", "duration": "500 steps"}), dry_run=dry_run)
+    assert steps["work"]["seconds"] == 500 * alone["work"]["seconds_per_step"] and steps["data"]["num_steps"] == 500
+    assert (
+        "  tokens are not known: " in (text := to_text({**steps, "change": None})) and "500 steps are trained" in text
+    )
 
 
 def test_of_several_processes_each_computes_its_part(llama_8b):

@@ -143,7 +143,7 @@ class Run:
         from preceptor.plan.model import read_model
         from preceptor.plan.sample import sample_data
 
-        settings, target = self.config, find_device(device)
+        settings, target = self.config, find_device(device, self.config.train.device)
         model = read_model(settings.model)
         sample = sample_data(settings, model.tokenizer_file)
         tried = dry_run_of(settings.model, settings.engine)

@@ -56,13 +56,14 @@ DEVICES: tuple[DeviceSpec, ...] = (
 )
 
 
-def find_device(name: str | None) -> DeviceSpec:
+def find_device(name: str | None, own: str = "auto") -> DeviceSpec:
     """The device whose name has this in it, spelt with or without spaces, hyphens and capitals; None: this machine.
 
+    own: `train.device`, which says whether a run on this machine leaves its GPU alone.
     Raises ConfigError naming those that are known, for none or several.
     """
     if name is None or _plain(name) in ("thismachine", "this", "auto"):
-        return this_machine()
+        return this_machine(own)
     found = [device for device in DEVICES if _plain(name) and _plain(name) in _plain(device.name)]
     if len(found) == 1:
         return found[0]
@@ -74,9 +75,9 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum()).removesuffix("gb")
 
 
-def this_machine() -> DeviceSpec:
-    """The first GPU that its driver tells of, else the processor with all of its memory."""
-    gpu = _gpu_by_driver()
+def this_machine(own: str = "auto") -> DeviceSpec:
+    """The first GPU that its driver tells of, else and for `cpu` the processor with all of its memory."""
+    gpu = None if own == "cpu" else _gpu_by_driver()
     if gpu is not None:
         return gpu
     return DeviceSpec(THIS_MACHINE, host_memory_bytes()[0], None, None, device_type="cpu")

@@ -326,19 +326,16 @@ def peak_of(
 
 
 def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
-    """Sequences, tokens and steps; `open` says why they are not known, but for the steps of a stream."""
+    """Sequences, tokens and steps; `open` says why they are not known, but for steps that the run file gives."""
     if isinstance(sample, str):
-        return {"open": sample}
+        return _open(run, sample)
     too_long, read = _too_long(run, sample), bool(sample.conversations)
     sample = fitted_to(run, sample)
     if read and not sample.conversations:
-        return {"open": "every example that was read is longer than data.max_length"}
+        return _open(run, "every example that was read is longer than data.max_length")
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
-        found: dict[str, Any] = {"open": "how many examples the data has is known only once it is read"}
-        if run.data.streaming:
-            found["open"] += f"; {run.train.duration} are trained"
-            found["num_steps"] = run.train.duration.steps(0)
+        found = _open(run, "how many examples the data has is known only once it is read")
         return {**found, "too_long": too_long}
     steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
     num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(sample.num_tokens)
@@ -353,6 +350,13 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         "num_steps": num_steps,
         "few_steps": few_steps(num_steps, steps_per_epoch, per_epoch, min(run.data.max_length, max(sample.lengths))),
     }
+
+
+def _open(run: config.Run, why: str) -> dict[str, Any]:
+    duration = run.train.duration
+    if duration.unit != "steps":
+        return {"open": why}
+    return {"open": f"{why}; {duration} are trained", "num_steps": duration.steps(0)}
 
 
 def _work_facts(

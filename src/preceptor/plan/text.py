@@ -111,7 +111,8 @@ def _work(plan: Mapping[str, Any]) -> str:
     work, data = plan["work"], plan["data"]
     lines = ["Work"]
     if "open" in data:
-        lines.append(f"  steps and tokens are not known: {data['open']}")
+        what = "tokens" if "num_steps" in data else "steps and tokens"
+        lines.append(f"  {what} are not known: {data['open']}")
     else:
         lines.append(
             f"  about {data['tokens_per_epoch']:,} tokens per epoch in "
