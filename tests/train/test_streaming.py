@@ -21,7 +21,7 @@ from preceptor.data.dataset import Dataset
 from preceptor.data.loader import StreamLoader
 from preceptor.errors import ConfigError, DataError, ModelError, StreamError
 from preceptor.files import write_atomically
-from preceptor.plan.plan import _data_facts, largest_sequence
+from preceptor.plan.epoch import data_facts, largest_sequence
 from preceptor.plan.sample import sample_data
 from preceptor.report.facts import facts
 from preceptor.report.page import write_report
@@ -372,7 +372,7 @@ def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor, 
     run = config.load(file)
     sample = sample_data(run, base_folder / "tokenizer.json")
     assert largest_sequence(run, sample) == (((96, 32),),)  # whatever the sample's largest is
-    found = _data_facts(run, sample)
+    found = data_facts(run, sample)
     assert "only once it is read; 8 steps are trained" in found["open"] and found["num_steps"] == 8
     found = facts(read_run(write_run(tmp_path / "a", data={**DATA, "num_windows": 3, "examples_per_epoch": None})))
     assert (found["windows begun"], found["examples read"], found["tokens in these windows"]) == ("3", "100", "9,000")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from preceptor import config
 from preceptor.errors import ConfigError, ModelError
 from preceptor.plan.devices import DeviceSpec
+from preceptor.plan.epoch import fitted_to, of_model
 from preceptor.plan.model import PlannedModel
-from preceptor.plan.plan import fitted_to, make_plan, of_model, peak_of
+from preceptor.plan.plan import make_plan, peak_of
 from preceptor.plan.sample import Sample
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
-from preceptor.data.loader import few_steps
-from preceptor.errors import DataError, ModelError, counted
+from preceptor.errors import ModelError
 from preceptor.model.options import ActivationPolicy, LoraOptions, Quantization, adapter_name
 from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
+from preceptor.plan.epoch import data_facts, known_largest, largest_sequence, of_model, require_fitting
 from preceptor.plan.memory import (
     EVERYTHING,
     STATES,
@@ -33,13 +33,12 @@ from preceptor.plan.model import PlannedModel
 from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters
 from preceptor.plan.ranks import Placement, choose, placements, unknown
 from preceptor.plan.sample import Sample
-from preceptor.plan.work import TurnLengths, Work, operations
+from preceptor.plan.work import Work, operations
 
 if TYPE_CHECKING:
     from preceptor.data.forest import PackedSequence
     from preceptor.plan.dry_run import DryRun
 
-CONTEXT_SHARE = 0.75  # of a sequence's tokens, assumed where the data cannot be sampled
 _RANK = 16  # of the adapter in what would fit, where the run has none
 
 
@@ -81,7 +80,7 @@ def make_plan(
         "quick": dry_run is None,
     }
     sample = of_model(sample, dry_run)
-    _require_fitting(run, sample)
+    require_fitting(run, sample)
     if dry_run is None:
         plan["model"]["towers_open"] = model.towers_open
         return plan | _states(run, model, sample, device)
@@ -94,7 +93,7 @@ def make_plan(
             "num_tokens": case.work.num_tokens,
             "num_trained": case.work.num_trained,
             "num_conversations": len(case.work.conversations),
-            "assumed": _known_largest(run, sample) is None,
+            "assumed": known_largest(run, sample) is None,
         },
         "memory": {
             "components": dict(case.memory.components),
@@ -104,7 +103,7 @@ def make_plan(
             "fits": case.memory.peak_bytes <= device.usable_bytes if of_ranks is None else of_ranks["chosen"]["fits"],
         },
         "ranks": of_ranks,
-        "data": _data_facts(run, sample),
+        "data": data_facts(run, sample),
         "work": _work_facts(run, case, sample, device, rate, ranks or (1, 1)),
         "would_fit": would_fit(run, dry_run, sample),
     }
@@ -201,67 +200,6 @@ def _num_rows(rows: int, sample: Sample | str) -> int:
     return rows if isinstance(sample, str) else rows_for(rows, sample.num_tokenizer)
 
 
-def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...]:
-    """The sample's largest sequence.
-
-    Without a sample, and of a stream, of which larger ones may come: one conversation that fills the sequence,
-    CONTEXT_SHARE of it context.
-    """
-    context = int(run.data.max_length * CONTEXT_SHARE)
-    return _known_largest(run, sample) or (((context, run.data.max_length - context),),)
-
-
-def _known_largest(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...] | None:
-    if isinstance(sample, str) or run.data.streaming:
-        return None
-    return fitted_to(run, sample).largest_sequence(run.data.max_length)
-
-
-def fitted_to(run: config.Run, sample: Sample) -> Sample:
-    return sample.fitted(run.data.max_length, run.data.overflow)
-
-
-def of_model(sample: Sample | str, dry_run: "DryRun | None") -> Sample | str:
-    """The sample, for the model's positions."""
-    if isinstance(sample, str) or dry_run is None:
-        return sample
-    return replace(sample, num_positions=dry_run.num_positions)
-
-
-def _require_fitting(run: config.Run, sample: Sample | str) -> None:
-    """Raises DataError where training would have no example or reject too many, as far as the sample tells."""
-    if isinstance(sample, str) or not sample.whole or not sample.conversations:
-        return
-    longest = sample.longest(run.data.max_length)
-    if not fitted_to(run, sample).conversations:
-        key = "data.max_length" if longest == run.data.max_length else "the model's learned positions, data.max_length"
-        raise DataError(
-            f"data.train: no example fits in {key} ({longest:,} tokens) with data.overflow: {run.data.overflow}; the "
-            f"shortest has about {min(sample.lengths):,}: raise it, or set data.overflow"
-        )
-    if (said := _too_long(run, sample)) and _refused(run, sample):
-        raise DataError(
-            f"data.train: {said}. Raise data.max_length, set data.overflow, or let them be left out with "
-            "`data.allow_rejected: [too_long]`; `preceptor check` counts exactly"
-        )
-
-
-def _refused(run: config.Run, sample: Sample) -> bool:
-    """Whether training would refuse so many examples that are too long."""
-    num, of = sample.too_long(run.data.max_length, run.data.overflow)
-    return num > run.data.max_rejected * of and "too_long" not in run.data.allow_rejected
-
-
-def _too_long(run: config.Run, sample: Sample) -> str | None:
-    num, of = sample.too_long(run.data.max_length, run.data.overflow)
-    if not num:
-        return None
-    longest = sample.longest(run.data.max_length)
-    holds = "a sequence holds" if longest == run.data.max_length else "the model has learned positions for"
-    allows = f"; data.max_rejected allows {run.data.max_rejected:.1%}" if _refused(run, sample) else ""
-    return f"about {num:,} of {counted(of, 'example')} too long ({num / of:.1%}{allows}): {holds} {longest:,} tokens"
-
-
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
         "trained": "everything" if run.adapter is None else adapter_name(run.adapter),
@@ -325,40 +263,6 @@ def peak_of(
     return chosen["peak_bytes"], chosen["fits"]
 
 
-def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
-    """Sequences, tokens and steps; `open` says why they are not known, but for steps that the run file gives."""
-    if isinstance(sample, str):
-        return _open(run, sample)
-    too_long, read = _too_long(run, sample), bool(sample.conversations)
-    sample = fitted_to(run, sample)
-    if read and not sample.conversations:
-        return _open(run, "every example that was read is longer than data.max_length")
-    sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
-    if sequences_per_epoch is None or sample.num_examples is None:
-        found = _open(run, "how many examples the data has is known only once it is read")
-        return {**found, "too_long": too_long}
-    steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
-    num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(sample.num_tokens)
-    return {
-        "examples_per_epoch": round(sample.num_examples),
-        "num_sampled": len(sample.conversations),
-        "too_long": too_long,
-        "tokens_per_epoch": per_epoch,
-        "share_trained": sample.num_trained / sample.num_tokens,
-        "sequences_per_epoch": sequences_per_epoch,
-        "steps_per_epoch": steps_per_epoch,
-        "num_steps": num_steps,
-        "few_steps": few_steps(num_steps, steps_per_epoch, per_epoch, min(run.data.max_length, max(sample.lengths))),
-    }
-
-
-def _open(run: config.Run, why: str) -> dict[str, Any]:
-    duration = run.train.duration
-    if duration.unit != "steps":
-        return {"open": why}
-    return {"open": f"{why}; {duration} are trained", "num_steps": duration.steps(0)}
-
-
 def _work_facts(
     run: config.Run, case: Case, sample: Sample | str, device: DeviceSpec, rate: float | None, ranks: tuple[int, int]
 ) -> dict[str, Any]:
@@ -372,7 +276,7 @@ def _work_facts(
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
     seconds = None if of_device is None else own * of_sequence / (of_device * SHARE_OF_RATE)
-    steps = _data_facts(run, sample).get("num_steps")
+    steps = data_facts(run, sample).get("num_steps")
     return {
         "operations_per_step": of_sequence * sequences,
         "by_kind": {kind: count * sequences for kind, count in by_kind.items()},
