@@ -221,6 +221,18 @@ def test_plots_of_names_that_differ_in_a_sign_alone(monkeypatch):
     assert ["a b" in plots["sweep-trained-a_b.svg"], "a_b" in plots["sweep-trained-a_b_.svg"]] == [True, True]
 
 
+@pytest.mark.parametrize("values", [(0.0, np.nan, np.nan), (0.0, 0.1, np.inf), (np.nan, np.nan, np.nan)])
+def test_what_is_not_finite_has_no_place_in_the_plot_and_ends_no_sweep(values):
+    tax = row("perplexity", "text", [(w, (v,) * 3, (v,) * 3) for w, v in zip((0.0, 0.5, 1.0), values, strict=True)])
+    found = [same("generation", "trained", 9), tax]
+    for entry in found:
+        for point in entry["points"]:
+            point |= {"low": point["value"], "high": point["value"], "num": 9}
+    (svg,) = draw_plots({"tasks": found}).values()
+    places = [own.get(key, "") for own in ElementTree.fromstring(svg).iter() for key in ("d", "x", "y", "transform")]
+    assert not [place for place in places if "nan" in place or "inf" in place]
+
+
 def test_the_sweep_is_shown_where_it_cannot_be_written(
     preceptor, base_folder, tuned, write_jsonl, tmp_path, monkeypatch
 ):
