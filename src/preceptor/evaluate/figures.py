@@ -71,7 +71,8 @@ def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[st
         if weights is not None and not sum(weights) > 0:
             raise DataError(f"{task.name}: its texts have no token that could be predicted; give it longer texts")
         bounds = SHARE if not below and above != OWN else None  # of the user's own numbers nothing is known
-        found[name] = interval(numerators, weights, bounds=bounds, seed=seed)
+        own = interval(numerators, weights, bounds=bounds, seed=seed)
+        found[name] = own.within(0.0) if below else own
     return found
 
 

@@ -137,7 +137,7 @@ def measure(
         "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
     }
     is_finite = math.isfinite(sum(of_examples["loss"]))
-    spread = interval(of_examples["loss"], of_examples["num_tokens"]) if is_finite else None
+    spread = interval(of_examples["loss"], of_examples["num_tokens"]).within(0.0) if is_finite else None
     return {
         **_figures(pairs),
         **({} if spread is None or spread.low is None else {"loss_interval": [spread.low, spread.high]}),
