@@ -56,7 +56,7 @@ _FILLER = re.compile(
 _FENCE = re.compile(r"^\s*```.*?^\s*```\s*?$", re.DOTALL | re.MULTILINE)
 _FENCE_LINE = re.compile(r"^\s*```", re.MULTILINE)
 _LIST_MARK = re.compile(r"^\s*\(?\w{1,4}\)", re.MULTILINE)
-_SMILEY = re.compile(r"[:;=8]['’]?-?[()\[\]]")
+_SMILEY = re.compile(r"(?<![\d(\[])[:;=]['’]?-?([()\[\]])\1*+(?!\w)")
 _AFTER = "\x80-\xbf" + bytes(range(0x80, 0xA0)).decode(
     "cp1252", "ignore"
 )  # the second byte of UTF-8, read as a character
@@ -115,8 +115,8 @@ def _flaws(answer: str) -> list[str]:
     if len(_FENCE_LINE.findall(answer)) % 2:
         flaws.append("an open code fence")
     prose = _FENCE.sub("", answer)
-    brackets = _SMILEY.sub("", _LIST_MARK.sub("", prose))
-    if any(brackets.count(left) != brackets.count(right) for left, right in _PAIRS):
+    brackets = _LIST_MARK.sub("", prose)
+    if not _match(brackets) and not _match(_SMILEY.sub("", brackets)):
         flaws.append("unmatched brackets")
     letters = [character for character in prose if character.isupper() or character.islower()]
     if len(letters) >= _CAPITAL_LETTERS and sum(map(str.isupper, letters)) > 0.7 * len(letters):
@@ -129,6 +129,10 @@ def _flaws(answer: str) -> list[str]:
     if _CUT.search(prose.rstrip()) or answer.rstrip().endswith((" and", " the", " of", " a", " to")):
         flaws.append("an end in mid-sentence")
     return flaws
+
+
+def _match(text: str) -> bool:
+    return all(text.count(left) == text.count(right) for left, right in _PAIRS)
 
 
 def repeated_share(text: str) -> float:
