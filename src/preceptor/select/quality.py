@@ -34,18 +34,25 @@ import numpy as np
 
 from preceptor.errors import ConfigError
 
-# Refusals count where an answer begins, boilerplate wherever it stands.
+# Refusals count where an answer begins, boilerplate wherever it stands. To be sorry, or to name a firm, is no refusal.
+_UNABLE = (
+    r"(i (can['’]t|cannot|can not|won['’]t|will not|do(n['’]t| not) (have|know|understand|feel comfortable))|"
+    r"i(['’]m| am) (not|unable)|(it|that|this)(['’]s| is) (not|beyond|impossible))\b"
+)
 _REFUSAL = re.compile(
-    r"^\W*((i['’]m|i am) (very |so |really )?(sorry|afraid)\b|sorry, (but )?i\b|unfortunately, i (can|am)\b|"
+    rf"^\W*(((i['’]m|i am) )?((very|so|really|terribly) )?(sorry|afraid)\b(\W+|[^.!?\n]{{1,80}}\W){_UNABLE}|"
+    rf"((i['’]m|i am) )?((very|so|really|terribly) )?sorry,? but (no\b|as\b|this\b|that\b)|unfortunately,? {_UNABLE}|"
     r"i (can['’]t|cannot|can not|am not able to|['’]m not able to|am unable to|won['’]t) "
     r"(help|assist|answer|provide|fulfil|fulfill|do that|comply|discuss|write|create|generate))",
     re.IGNORECASE,
 )
+_FIRMS = r"(developed|trained|created|made|built) by (openai|anthropic|google|meta)\b"
 _BOILERPLATE = re.compile(
-    r"as an? (ai|artificial intelligence|(large )?language model)\b|"
+    r"as an? (ai|artificial intelligence|(large )?language model)( (language )?(model|assistant|chatbot|system))?"
+    rf"(?=\s*([,.;:!?)]|$|i\b|my\b|{_FIRMS}))|"
     r"\bi['’]?( a)?m (just |only )?an? (ai|(large )?language model)\b|"
-    r"my (knowledge|training) (cut-?off|data)|i do(n['’]t| not) have (personal|access to real)|"
-    r"(developed|trained|created) by (openai|anthropic|google|meta)\b",
+    rf"\bi(['’]m| am| was)( \w+,)?( [^.!?\n]{{0,60}}\b(model|assistant|ai|chatbot),?)?( that was)? {_FIRMS}|"
+    r"my (knowledge|training) (cut-?off|data)|i do(n['’]t| not) have (personal|access to real)",
     re.IGNORECASE,
 )
 _FILLER = re.compile(
