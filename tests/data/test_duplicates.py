@@ -7,7 +7,7 @@ import pytest
 
 from preceptor.data import duplicates
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats, signature_of
-from preceptor.data.examples import Completion, Conversation, Document, Message
+from preceptor.data.examples import Completion, Conversation, Document, Message, read_message
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -89,6 +89,21 @@ def test_exact_repeats_are_those_that_say_the_same():
         conversation(user, answer),
     ]
     assert repeats(fingerprints(records)).exact_N.tolist() == [-1, 0, -1, -1, -1, -1, -1, -1, 0]
+
+
+def test_who_trains_other_answers_is_no_exact_repeat():
+    def said(*keys):
+        answers = [{"role": "assistant", "content": "Yes."} | key for key in keys]
+        return Conversation("x:1", tuple(read_message(m, "x") for own in answers for m in (asked, own)))
+
+    asked = {"role": "user", "content": "So?"}
+    one, both, half = said({}, {"weight": 0}), said({}, {}), said({}, {"weight": 0.5})
+    records = [one, both, said({"train": False}, {}), half, said({"weight": 1}, {}), said({}, {"train": False})]
+    found = repeats(fingerprints(records))
+    assert found.exact_N.tolist() == [-1, -1, -1, -1, 1, 0]
+    assert found.near_N.tolist() == [-1, 0, 0, 0, -1, -1]
+    unread = Message(asked, train=False, weight=0.0)  # what a user's message says of its training changes nothing
+    assert duplicates.digest_of(Conversation("x:1", (unread, *both.messages[1:]))) == duplicates.digest_of(both)
 
 
 def test_an_exact_repeat_does_not_count_as_near_too():

@@ -113,6 +113,7 @@ def test_repetition_and_compression():
 
 def signals(**changes):
     values = {
+        "num_answers": 1,
         "num_characters": 100,
         "refusal": 0.0,
         "formatting": 0.0,

@@ -1,10 +1,11 @@
 """Examples that say the same: exactly, and nearly (MinHash, Broder 1997; banding, Leskovec et al., ch. 3).
 
-*Exact*: the same messages (roles, texts, reasoning, tool calls), tools and template arguments, where a run of white
-space counts as one space. *Near*: the texts of all messages but system prompts, each as the set of its sequences of 5
-words (lower case, no punctuation; a character of Chinese, Japanese or Thai is a word, and so is each sign of arithmetic
-or code, currency sign and emoji), have a Jaccard similarity of at least `NEAR` = 0.8: four fifths of the sequences that
-occur in either occur in both. Then about one word in 45 differs, or up to a fifth of the text is missing.
+*Exact*: the same messages (roles, texts, reasoning, tool calls, weights of what is trained), tools and template
+arguments, where a run of white space counts as one space. *Near*: the texts of all messages but system prompts, each as
+the set of its sequences of 5 words (lower case, no punctuation; a character of Chinese, Japanese or Thai is a word, and
+so is each sign of arithmetic or code, currency sign and emoji), have a Jaccard similarity of at least `NEAR` = 0.8:
+four fifths of the sequences that occur in either occur in both. Then about one word in 45 differs, or up to a fifth of
+the text is missing.
 
 *Prompt*: what the users say in a conversation, or the prompt of a completion, is exactly the same, whatever the
 answers and the system prompt; white space and case do not count.
@@ -171,10 +172,11 @@ def _settle(signature_NK: np.ndarray, examples: np.ndarray, candidates: np.ndarr
 
 
 def digest_of(example: Example) -> bytes:
-    """16 bytes that are the same for examples that say exactly the same."""
+    """16 bytes that are the same for examples that say, and train, exactly the same."""
     if isinstance(example, Conversation):
         messages = [
-            (m.role, _spaced(m.content), _spaced(m.reasoning_content), list(m.tool_calls)) for m in example.messages
+            (m.role, _spaced(m.content), _spaced(m.reasoning_content), list(m.tool_calls), m.train and float(m.weight))
+            for m in example.messages
         ]
         said: object = [messages, list(example.tools or ()), dict(example.template_kwargs)]
     else:

@@ -86,6 +86,7 @@ _COMPRESSED_BYTES = 200  # below, a compressor's own overhead decides
 class TextSignals:
     """The signals of a conversation, each from its worst answer."""
 
+    num_answers: int  # that are trained
     num_characters: int  # mean of the answers
     refusal: float  # 0, 0.5 (filler phrases) or 1 (a refusal, or a mention of being a language model)
     formatting: float  # 0.5 for each flaw, at most 1
@@ -99,6 +100,7 @@ def text_signals(answers: Sequence[str], said: Sequence[str] | None = None) -> T
     refusals, flaws = [_refusal(text) for text in said or answers], [_flaws(answer) for answer in answers]
     worst_refusal, worst_flaws = max(refusals, key=lambda r: r[0]), max(flaws, key=len)
     return TextSignals(
+        num_answers=len(answers),
         num_characters=round(sum(map(len, answers)) / len(answers)),
         refusal=worst_refusal[0],
         formatting=min(1.0, len(worst_flaws) / 2),
