@@ -30,6 +30,15 @@ def test_h_is_help(preceptor, command):
     assert (code, out) == preceptor(command, "--help")[:2] and code == 0
 
 
+def test_no_command_takes_a_negative_seed(preceptor):
+    """NumPy would refuse it after the work."""
+    own = [command for command in COMMANDS if "--seed" in preceptor(command, "--help")[1]]
+    assert set(own) >= {"select", "eval", "compare", "merge"}
+    for command in own:
+        code, _, err = preceptor(command, "--seed", -1)
+        assert code == 2 and "Invalid value for '--seed'" in err, (command, err)
+
+
 def in_a_process(*arguments, **environment):
     """What is printed, and at last whether torch was imported and the CPU seconds until the end."""
     code = (

@@ -4,6 +4,7 @@ import json
 import weakref
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -59,19 +60,24 @@ def test_ends_are_the_two_models_and_differences_are_from_them(base_folder, tune
     assert not list(tmp_path.glob(".weight*")), "merged models are not kept"
 
 
-def row(kind, role, points):
-    """points: of each weight, (value, from base, from tuned), each difference with its ends."""
+def row(kind, role, points, num=9, base=0.5):
+    """points: of each weight, (weight, from base, from tuned), each difference with its ends. base: its value."""
     keys = ("value", "low", "high", "num")
     return {
         "task": role,
         "kind": kind,
         "role": role,
+        "num_items": num,
         "points": [
-            {"weight": weight, "from_base": dict(zip(keys, (*base, 9), strict=True)),
-             "from_tuned": dict(zip(keys, (*tuned, 9), strict=True))}
-            for weight, base, tuned in points
+            {
+                "weight": weight,
+                "value": base + from_base[0],
+                "from_base": dict(zip(keys, (*from_base, num), strict=True)),
+                "from_tuned": dict(zip(keys, (*from_tuned, num), strict=True)),
+            }
+            for weight, from_base, from_tuned in points
         ],
-    }  # fmt: skip
+    }
 
 
 ZERO = (0.0, 0.0, 0.0)
@@ -91,7 +97,58 @@ def test_the_verdict_claims_no_more_than_the_intervals():
     skill["points"][2]["from_tuned"] |= {"low": -0.03, "high": -0.01}
     assert "no weight pays less without a loss on trained" in verdict([skill, tax])[0]
     tax["points"][3]["from_base"]["low"] = -0.1
-    assert "pays no significant tax" in verdict([skill, tax])[0]
+    assert verdict([skill, tax]) == ["On text the tuned model pays no tax that so few items can show"]
+
+
+def same(kind, role, num, spread=0.001, base=0.5):
+    """Nothing is lost at any weight; spread: half the width of each interval."""
+    return row(kind, role, [(weight, *[(0.0, -spread, spread)] * 2) for weight in (0.0, 0.5, 1.0)], num, base)
+
+
+def taxed(num=100):
+    points = [
+        (0.0, ZERO, (-0.2, -0.3, -0.1)), (0.5, (0.1, 0.05, 0.15), (-0.1, -0.15, -0.05)), (1.0, (0.2, 0.1, 0.3), ZERO),
+    ]  # fmt: skip
+    return row("perplexity", "text", points, num)
+
+
+@pytest.mark.parametrize(
+    ("tax", "said"),
+    [
+        (same("perplexity", "text", 100), "On text the tuned model pays no significant tax"),
+        (same("perplexity", "text", 9), "On text the tuned model pays no tax that so few items can show"),
+        (same("perplexity", "text", 100, 0.1), "On text the tuned model pays no tax that so few items can show"),
+        (same("perplexity", "text", 1, np.nan), "On text the tuned model pays no tax that so few items can show"),
+        (same("perplexity", "text", 100, base=np.nan), "no finite figures on text"),
+        (same("perplexity", "text", 100, base=np.inf), "no finite figures on text"),
+    ],
+)
+def test_a_tax_that_is_not_measured_is_not_called_none(tax, said):
+    if tax["num_items"] == 1:
+        for point in tax["points"]:
+            point["from_base"] |= {"low": None, "high": None}
+    assert verdict([same("generation", "trained", 100), tax]) == [said]
+
+
+def test_a_weight_is_told_for_its_skill_as_far_as_that_is_measured():
+    def told(skill):
+        return verdict([skill, taxed()])[0].partition("; ")[2]
+
+    assert told(same("generation", "trained", 100)).endswith("pays 0.1000, without a significant loss on trained")
+    assert told(same("generation", "trained", 5)).endswith("without a loss on trained that so few items can show")
+    assert told(same("generation", "trained", 100, base=np.nan)) == "no finite figures on trained"
+    broken = same("generation", "trained", 100)
+    broken["points"][1]["value"] = broken["points"][1]["from_tuned"]["value"] = np.nan
+    assert told(broken) == "no weight pays less without a loss on trained"
+
+
+def test_the_base_is_no_answer_to_its_own_tax():
+    """Five answers that were all learnt: what is lost without them has an interval that ends at zero."""
+    lost = (-1.0, -1.0, 0.0)
+    skill = row(
+        "generation", "trained", [(0.0, ZERO, lost), (0.5, ZERO, (-1.0, -1.0, -0.1)), (1.0, (1, 0, 1), ZERO)], 5
+    )
+    assert verdict([skill, taxed()])[0].endswith("; no weight pays less without a loss on trained")
 
 
 def test_the_command_writes_table_json_and_a_plot(preceptor, base_folder, tuned, write_jsonl, tmp_path):
@@ -162,6 +219,18 @@ def test_plots_of_names_that_differ_in_a_sign_alone(monkeypatch):
     plots = draw_plots({"tasks": found})
     assert list(plots) == ["sweep-trained-a_b.svg", "sweep-trained-a_b_.svg"]
     assert ["a b" in plots["sweep-trained-a_b.svg"], "a_b" in plots["sweep-trained-a_b_.svg"]] == [True, True]
+
+
+@pytest.mark.parametrize("values", [(0.0, np.nan, np.nan), (0.0, 0.1, np.inf), (np.nan, np.nan, np.nan)])
+def test_what_is_not_finite_has_no_place_in_the_plot_and_ends_no_sweep(values):
+    tax = row("perplexity", "text", [(w, (v,) * 3, (v,) * 3) for w, v in zip((0.0, 0.5, 1.0), values, strict=True)])
+    found = [same("generation", "trained", 9), tax]
+    for entry in found:
+        for point in entry["points"]:
+            point |= {"low": point["value"], "high": point["value"], "num": 9}
+    (svg,) = draw_plots({"tasks": found}).values()
+    places = [own.get(key, "") for own in ElementTree.fromstring(svg).iter() for key in ("d", "x", "y", "transform")]
+    assert not [place for place in places if "nan" in place or "inf" in place]
 
 
 def test_the_sweep_is_shown_where_it_cannot_be_written(

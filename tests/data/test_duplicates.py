@@ -7,7 +7,7 @@ import pytest
 
 from preceptor.data import duplicates
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats, signature_of
-from preceptor.data.examples import Completion, Conversation, Document, Message
+from preceptor.data.examples import Completion, Conversation, Document, Message, read_message
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -91,6 +91,21 @@ def test_exact_repeats_are_those_that_say_the_same():
     assert repeats(fingerprints(records)).exact_N.tolist() == [-1, 0, -1, -1, -1, -1, -1, -1, 0]
 
 
+def test_who_trains_other_answers_is_no_exact_repeat():
+    def said(*keys):
+        answers = [{"role": "assistant", "content": "Yes."} | key for key in keys]
+        return Conversation("x:1", tuple(read_message(m, "x") for own in answers for m in (asked, own)))
+
+    asked = {"role": "user", "content": "So?"}
+    one, both, half = said({}, {"weight": 0}), said({}, {}), said({}, {"weight": 0.5})
+    records = [one, both, said({"train": False}, {}), half, said({"weight": 1}, {}), said({}, {"train": False})]
+    found = repeats(fingerprints(records))
+    assert found.exact_N.tolist() == [-1, -1, -1, -1, 1, 0]
+    assert found.near_N.tolist() == [-1, 0, 0, 0, -1, -1]
+    unread = Message(asked, train=False, weight=0.0)  # what a user's message says of its training changes nothing
+    assert duplicates.digest_of(Conversation("x:1", (unread, *both.messages[1:]))) == duplicates.digest_of(both)
+
+
 def test_an_exact_repeat_does_not_count_as_near_too():
     rng = random.Random(1)
     said = text(rng, 100)
@@ -127,9 +142,55 @@ def test_short_texts_and_texts_without_spaces(one, other, near):
     assert (repeats(of_texts([one, other])).near_N[1] == 0) == near
 
 
+PAIRS_OF_SIGNS = [
+    ("Is 9 >= 9 true?", "Is 9 <= 9 true?"),
+    ("12 * 3 - 6 / 2", "12 / 3 + 6 * 2"),
+    ("What is 17 + 25?", "What is 17 - 25?"),
+    ("a == b and c", "a != b and c"),
+    ("Is 3 ≤ 4 or 3 × 4?", "Is 3 ≥ 4 or 3 ÷ 4?"),
+    ("I program in C", "I program in C++"),
+    ("I program in C", "I program in C#"),
+    ("It costs 5 €", "It costs 5 $"),
+    ("5% of it", "5 of it"),
+    ("Does 🎧 make sound?", "Does 🍎 make sound?"),
+    ("A wave: 👋🏿", "A wave: 👋🏻"),
+    ("लड़का जाता है", "लड़की जाती है"),
+    ("كَتَبَ", "كُتِبَ"),
+    ("cafe\u0301", "cafe"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS_OF_SIGNS)
+@pytest.mark.parametrize("around", ["", " one two three four five", " eins zwei drei vier fünf"])
+def test_signs_and_vowel_marks_are_told_apart(one, other, around):
+    equal = (signature_of(one + around) == signature_of(other + around)).mean()
+    assert equal < NEAR, equal
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cafe\u0301 au lait", "caf\u00e9 au lait"),
+        ("I \u2764\ufe0f it", "I \u2764 it"),
+        ("`x` is “it”, isn’t it?", "x is it isn't it"),
+        ("(one) two: three; four!", "one, two, three. four"),
+    ],
+)
+def test_what_reads_the_same_is_the_same(one, other):
+    assert (signature_of(one) == signature_of(other)).all()
+
+
+def test_ascii_has_the_same_words_alone_and_among_others():
+    said = (
+        "".join(map(chr, range(128))) + " a_b well-known x**2 don't C++ \\frac{1}{2} $5 #1 ~/x | y & z @me ^2 50% <b>"
+    )
+    for text_ in (said.lower(), " ".join(said).lower()):
+        assert duplicates._words(text_) == duplicates._words(text_ + "\u2019"), "an apostrophe of typography is no word"
+
+
 def test_short_texts_agree_by_chance_in_single_values_only():
     """Of two texts with one sequence of words each, every value is another hash."""
-    found = of_texts(f"What is {a}+{b}? {a + b}" for a in range(60) for b in range(60, 120))
+    found = of_texts(f"What is {a}+{b}?" for a in range(60) for b in range(60, 120))
     assert (repeats(found).near_N == -1).all()
     num_equal = (found.signature_NK[1:] == found.signature_NK[0]).sum(axis=1)
     assert num_equal.max() < 4 and num_equal.sum() > 0

@@ -151,7 +151,7 @@ def test_tools_and_reasoning_are_kinds_and_a_turn_may_have_several(write_jsonl):
 def test_nothing_held_out_is_an_error(rendered):
     with pytest.raises(ValueError, match="no held-out target"):
         measure(tiny_model("llama"), [], 64)
-    context_only = LabelledTree(rendered[2][0].tree, (None,) * len(rendered[2][0].labels))
+    context_only = LabelledTree(rendered[2][0].tree, (None,) * len(rendered[2][0].labels), "a:1")
     assert TargetLabels("a", ("plain",), 1, 0).num_bytes == 0
     with pytest.raises(ValueError, match="no held-out target"):
         measure(tiny_model("llama", vocab_size=300), [context_only], 64)
@@ -167,3 +167,16 @@ def test_the_loss_has_an_interval_over_examples(rendered):
     assert expected.low < found["loss"] < expected.high
     assert "loss_interval" not in measure(model, held_out[:1], 64), "one example shows no spread"
     assert "loss_interval" not in found["by_source"]
+
+
+def test_copies_and_pieces_of_an_example_are_one_item_of_the_interval(fitted):
+    """Drawn apart they would halve the interval of four copies, which hold no more than one."""
+    text = "The end of a message and the start. "
+    rows = [{"text": text * 9}, {"text": "a user " * 9}, {"messages": [USER, ANSWER]}]
+    pieces = fitted(rows, 40)
+    model = tiny_model("llama", vocab_size=300)
+    found, copied = (measure(model, each, 64, by_example=True) for each in (pieces, pieces * 4))
+    assert len(pieces) > 4 and len(found["by_example"]["loss"]) == len(copied["by_example"]["loss"]) == 3
+    assert copied["loss_interval"] == pytest.approx(found["loss_interval"], rel=1e-4)
+    assert copied["num_trained"] == 4 * found["num_trained"] == 4 * sum(found["by_example"]["num_tokens"])
+    assert "loss_interval" not in measure(model, fitted(rows[:1], 40), 64), "the pieces of one text show no spread"

@@ -116,3 +116,28 @@ def test_seeds_and_what_has_no_interval():
             broken()
     with pytest.raises(ValueError, match="are not pairs"):
         paired_interval([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("num", [2, 3, 4, 5, 7, 10, 20])
+def test_few_items_on_which_nothing_changed_seem_changed_one_time_in_twenty(num, monkeypatch):
+    """Normal differences of bits; of two items the bootstrap knows only three resamples, which costs 1.5 %."""
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 400)
+    rng = np.random.default_rng(9)
+    base, bytes_I = rng.normal(size=num), np.full(num, 100.0)
+    found = [
+        paired_interval(base, base + rng.normal(size=num), bytes_I, bytes_I, seed=trial).sign for trial in range(1000)
+    ]
+    assert sum(map(abs, found)) / 1000 <= 0.065 + 2 * np.sqrt(0.05 * 0.95 / 1000)
+
+
+@pytest.mark.parametrize(("num", "t"), [(2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622), (101, 1.9840)])
+def test_an_interval_of_few_items_is_as_much_wider_as_students_distribution(num, t):
+    """t of the tables. The bootstrap's deviation is that of the items, over n and not n - 1."""
+    assert intervals._widening(num) == pytest.approx(t / Z * np.sqrt(num / (num - 1)), abs=1e-4)
+
+
+def test_an_interval_is_cut_to_what_the_metric_can_be():
+    two = interval([1.0, 3.0], [4.0, 4.0])
+    assert two.low < 0.0 and two.high > 1.0 and two.within(0.0).low == 0.0 and two.within(0.0).high == two.high
+    assert (two.within(0.0, 1.0).low, two.within(0.0, 1.0).high, two.within(0.0).value) == (0.0, 1.0, 0.5)
+    assert interval([1.0]).within(0.0) == interval([1.0])

@@ -128,6 +128,18 @@ def test_bits_per_byte_against_a_hand_computation(bos):
     assert counted["perplexity"] == pytest.approx(math.exp(nats / (len(whole) - 1)), rel=1e-6)
 
 
+def test_a_group_without_a_token_to_predict_is_left_out():
+    """Without a bos token, of a text of one token none is predicted."""
+    texts = [("s", "one"), ("s", "one"), ("the user and the message", "many"), ("the start of it", "many")]
+    items = tuple(TaskItem(f"t:{n}", text=text, groups={"kind": kind}) for n, (text, kind) in enumerate(texts))
+    results = run_task(tiny_evaluated(), Task("texts", "perplexity", items), 8, 2)
+    for reported in (summary, lambda task, own: comparison(task, own, own)):
+        found = reported(Task("texts", "perplexity", items), results)
+        assert found["groups"]["kind"].keys() == {"many"} and found["num_items"] == 4
+        with pytest.raises(DataError, match="no token that could be predicted"):
+            reported(Task("texts", "perplexity", items[:2]), results[:2])
+
+
 def test_a_text_without_a_token_to_predict_is_an_error():
     task = Task("texts", "perplexity", (TaskItem("t:1", text="t"),))
     with pytest.raises(DataError, match="texts: its texts have no token that could be predicted"):

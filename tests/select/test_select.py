@@ -161,6 +161,18 @@ def test_equal_examples_beyond_those_that_are_kept_are_not_called_worse(command,
     assert found["enough_kept"] == found["kept"] and max(found["low_quality"]) < min(found["kept"])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_rows_that_say_the_same_the_one_that_trains_more_is_kept(write_jsonl, order):
+    asked, answer = row("What is it?", "It is the start.")["messages"]
+    both = {"messages": [asked, answer, asked, answer]}
+    less = {"messages": [asked, {**answer, "weight": 0}, asked, answer]}
+    rows = [less, both][::order]
+    found = survey(Pool((OpenSource(write_jsonl([*rows, *good_rows(6)])),)), None, None)
+    choice = choose(found, Settings(keep=8, diversity="none"))
+    assert choice.repeated_N.tolist() == [*([1, -1] if order == 1 else [-1, 0]), *[-1] * 6]
+    assert rows[sorted(choice.kept.tolist())[0]] == both
+
+
 def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_jsonl):
     words = " ".join(f"word{k}" for k in range(60))
     rows = [

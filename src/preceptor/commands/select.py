@@ -18,7 +18,7 @@ def select(
     keep: Annotated[int, typer.Option(help="How many examples to keep.")],
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Write the kept examples here, as JSON lines.")],
     model: Annotated[str | None, typer.Option(help="The base model: a folder, Hub id or `scholar`.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     explain: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Write source, scores and reason of every example here.")
     ] = None,

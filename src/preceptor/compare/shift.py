@@ -195,8 +195,8 @@ def shift_figures(
     def of_answers(value_N: np.ndarray) -> list[float]:
         return np.bincount(shift.answer_N, weights=value_N, minlength=len(answers)).tolist()
 
-    def mean(value_N: np.ndarray) -> dict[str, Any]:
-        return asdict(interval(of_answers(value_N), of_answers(known_N), seed=seed))
+    def mean(value_N: np.ndarray, most: float = 1.0) -> dict[str, Any]:
+        return asdict(interval(of_answers(value_N), of_answers(known_N), seed=seed).within(0.0, most))
 
     return {
         "num_prompts": len(answers),
@@ -204,7 +204,7 @@ def shift_figures(
         "num_added": int((~known_N).sum()),
         "shares": {name: mean(own_N) for name, own_N in classes.items()},
         "mean_prob": mean(shift.prob_N),
-        "mean_kl": mean(shift.kl_N),
+        "mean_kl": mean(shift.kl_N, most=np.inf),
         "by_position": _by_position(shift, classes, known_N),
         "most_shifted": _most_shifted(shift, classes, tokenizer),
         "answers": _answer_tokens(shift, answers, tokenizer),

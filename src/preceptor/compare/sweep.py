@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from preceptor.compare.compare import EvaluationSuite
-from preceptor.compare.verdict import HEADLINES, short_names
+from preceptor.compare.verdict import HEADLINES, change, is_finite, short_names, tells
 from preceptor.evaluate.figures import figures, paired
 from preceptor.evaluate.intervals import Interval
 from preceptor.evaluate.model import EvaluatedModel
@@ -112,21 +112,31 @@ def gain(entry: Mapping[str, Any], point: Mapping[str, Any], end: str) -> Interv
 
 
 def _sentence(skill: dict[str, Any], tax: dict[str, Any], names: Mapping[str, str]) -> str:
-    whole = gain(tax, tax["points"][-1], "base")
-    metric = HEADLINES[tax["kind"]]
-    if whole.sign >= 0:
-        return f"On {names[tax['task']]} the tuned model pays no significant tax"
-    free = [
-        (kept["weight"], paid)
-        for kept, paid in zip(skill["points"][:-1], tax["points"][:-1], strict=True)
-        if gain(skill, kept, "tuned").sign >= 0 and gain(tax, paid, "tuned").sign > 0
-    ]
-    paid = f"The tuned model pays {-whole.value:.{metric.digits}f} {metric.unit} on {names[tax['task']]}"
-    if not free:
-        return f"{paid}; no weight pays less without a loss on {names[skill['task']]}"
-    weight, point = min(free, key=lambda each: each[0])
-    left = gain(tax, point, "base")
-    return (
-        f"{paid}; a weight of {weight:g} pays {-left.value:.{metric.digits}f}, without a significant loss on "
-        f"{names[skill['task']]}"
-    )
+    metric, skill_name, tax_name = HEADLINES[tax["kind"]], names[skill["task"]], names[tax["task"]]
+    whole = _compared(tax, tax["points"][-1], "base")
+    if not is_finite(whole):
+        return f"no finite figures on {tax_name}"
+    if change(whole) >= 0:
+        none = "no significant tax" if change(whole) > 0 or tells(whole) else "no tax that so few items can show"
+        return f"On {tax_name} the tuned model pays {none}"
+    paid = f"The tuned model pays {_paid(tax, tax['points'][-1])} {metric.unit} on {tax_name}"
+    if not is_finite(_compared(skill, skill["points"][-1], "base")):
+        return f"{paid}; no finite figures on {skill_name}"
+    for kept, point in zip(skill["points"][1:-1], tax["points"][1:-1], strict=True):  # neither end
+        ours, theirs = _compared(skill, kept, "tuned"), _compared(tax, point, "tuned")
+        if is_finite(ours) and change(ours) >= 0 and is_finite(theirs) and change(theirs) > 0:
+            few = "" if change(ours) > 0 or tells(ours) else " that so few items can show"
+            loss = f"a {'' if few else 'significant '}loss on {skill_name}{few}"
+            return f"{paid}; a weight of {point['weight']:g} pays {_paid(tax, point)}, without {loss}"
+    return f"{paid}; no weight pays less without a loss on {skill_name}"
+
+
+def _paid(tax: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    return f"{-gain(tax, point, 'base').value:.{HEADLINES[tax['kind']].digits}f}"
+
+
+def _compared(entry: Mapping[str, Any], point: Mapping[str, Any], end: str) -> dict[str, Any]:
+    """A point against the base or tuned model, in the form of a compared task."""
+    before = entry["points"][0 if end == "base" else -1]
+    figures = {"base": before, "tuned": point, "difference": point[f"from_{end}"]}
+    return {**entry, "figures": {HEADLINES[entry["kind"]].name: figures}}

@@ -2,7 +2,7 @@
 
     {"task", "kind", "num_items", "figures": {NAME: {"value", "low", "high", "num"}},
      "counts": {"stop_token", "until", "length"} | {"num_tokens", "num_bytes"} | {"chance"},
-     "groups": {KEY: {VALUE: {NAME: ...}}},
+     "groups": {KEY: {VALUE: {NAME: ...}}}, without groups of texts of which no token could be predicted,
      "repeated": a sentence, where most items get one answer although they ask for different ones; else ""}
 
 For two models each figure is {"base", "tuned", "difference", "num_changed"}: the difference with its paired interval,
@@ -11,6 +11,7 @@ and the number of items whose value changed.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -48,17 +49,20 @@ def _reported(
     counted: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """figures_of: some of the items, by their indices. counted: called after it, which refuses what has no tokens."""
-    groups = groups_of(results)
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    whole = figures_of(range(len(results)))
+    for key, values in groups_of(results).items():
+        for value, members in values.items():
+            with suppress(DataError):  # no token of the group could be predicted
+                groups.setdefault(key, {})[value] = figures_of(members)
     answers = [(result.record["answer"], result.item.accepted) for result in results if "answer" in result.record]
     return {
         "task": task.name,
         "kind": task.kind,
         "num_items": len(results),
-        "figures": figures_of(range(len(results))),
+        "figures": whole,
         "counts": counted(),
-        "groups": {
-            key: {value: figures_of(members) for value, members in values.items()} for key, values in groups.items()
-        },
+        "groups": groups,
         "repeated": repeated_answer(answers),
     }
 
@@ -71,7 +75,8 @@ def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[st
         if weights is not None and not sum(weights) > 0:
             raise DataError(f"{task.name}: its texts have no token that could be predicted; give it longer texts")
         bounds = SHARE if not below and above != OWN else None  # of the user's own numbers nothing is known
-        found[name] = interval(numerators, weights, bounds=bounds, seed=seed)
+        own = interval(numerators, weights, bounds=bounds, seed=seed)
+        found[name] = own.within(0.0) if below else own
     return found
 
 

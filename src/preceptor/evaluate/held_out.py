@@ -44,6 +44,7 @@ class LabelledTree:
 
     tree: Tree
     labels: tuple[TargetLabels | None, ...]
+    example: str  # its source, which its copies have too, and the pieces of one that was split
 
 
 def label_targets(
@@ -74,7 +75,7 @@ def label_targets(
             if isinstance(example, Conversation) and segment.message is not None and not example.is_shortened:
                 turn = sum(message.role == "assistant" for message in example.messages[: segment.message + 1])
             labels.append(TargetLabels(file, _kinds(example, segment.message, tags), turn, max(0, num_bytes)))
-        found.append(LabelledTree(tree, tuple(labels)))
+        found.append(LabelledTree(tree, tuple(labels), example.source))
         last, said = example, (*earlier, *path_ids(tree, len(tree.segments) - 1))[-_LONGEST_CHARACTER - 1 :]
     return found
 
@@ -111,8 +112,8 @@ def measure(
     world: World = ONE,
 ) -> dict[str, Any]:
     """The figures of all targets, and `by_source`, `by_kind`, `by_turn`; with `by_example` each example's `loss` (the
-    sum, to six digits) and `num_tokens`. `loss_interval`: the loss's 95 % interval over the choice of examples, where
-    there are several (intervals.py).
+    sum, to six digits, its copies and pieces included) and `num_tokens`. `loss_interval`: the loss's 95 % interval over
+    the choice of examples, where there are several (intervals.py).
 
     Under the caller's autocast. world: the examples are shared out over its processes; each has the figures. Raises
     ValueError if there is no held-out target.
@@ -132,12 +133,17 @@ def measure(
         for group, names in zip(groups.values(), ((labels.source,), labels.kinds, turns), strict=True):
             for name in names:
                 group.setdefault(name, []).append((labels, own))
+    sums: dict[str, list[float]] = {}
+    for each, tree_losses in zip(held_out, losses, strict=True):
+        own_sums = sums.setdefault(each.example, [0.0, 0])
+        own_sums[0] += sum(own.nats for own in tree_losses)
+        own_sums[1] += sum(len(own) for own in tree_losses)
     of_examples: dict[str, list[float]] = {
-        "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
-        "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
+        "loss": [float(f"{nats:.6g}") for nats, _ in sums.values()],
+        "num_tokens": [num for _, num in sums.values()],
     }
     is_finite = math.isfinite(sum(of_examples["loss"]))
-    spread = interval(of_examples["loss"], of_examples["num_tokens"]) if is_finite else None
+    spread = interval(of_examples["loss"], of_examples["num_tokens"]).within(0.0) if is_finite else None
     return {
         **_figures(pairs),
         **({} if spread is None or spread.low is None else {"loss_interval": [spread.low, spread.high]}),

@@ -244,7 +244,7 @@ def _fill_ends(axes: Axes, series: Series, colour: str, name: str) -> None:
     for x, y, (low, high) in zip(series.x, series.y, series.x_ends, strict=bool(series.x_ends)):
         (line,) = axes.plot([low, high], [y, y], color=colour, alpha=0.7, linewidth=1.6, marker="|", markersize=7)
         line.set_gid(f"{name}-{x:g}-across")
-        assert low <= x <= high
+        assert not (x < low or x > high)  # nan is neither
     for x, (low, high) in zip(series.x, series.y_ends, strict=bool(series.y_ends)):
         (line,) = axes.plot([x, x], [low, high], color=colour, alpha=0.7, linewidth=1.6, marker="_", markersize=7)
         line.set_gid(f"{name}-{x:g}-up")

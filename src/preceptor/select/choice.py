@@ -2,7 +2,7 @@
 
 rejected         cannot be trained, or is too long for the model; with the code of the rejection
 exact_repeat     repeats an earlier example exactly
-near_repeat      nearly repeats another example; the best of such examples is kept, the first of equals
+near_repeat      nearly repeats another example; the best of such examples is kept, of equals the one with most answers
 low_quality      not among the candidates, which are the best `quality_share` of the distinct examples, or as many as
                  are to be kept if that is more, and all that are as good as the last of them
 covered          a candidate, and similar to an example that is kept
@@ -83,7 +83,9 @@ def choose(found: Survey, settings: Settings) -> Choice:
         raise ConfigError(f"--diversity {settings.diversity}: needs --model; without one, choose `none`")
     num = len(found.number_N)
     quality = judge(found.signals, None if model is None else model.score_N, settings.weights)
-    repeated_N = _repeated(found.representative_N, quality.quality_N)
+    repeated_N = _repeated(
+        found.representative_N, quality.quality_N, np.array([own.num_answers for own in found.signals])
+    )
     distinct = np.flatnonzero(repeated_N < 0)
     candidates = _best(
         distinct, quality.quality_N, max(settings.keep, math.ceil(settings.quality_share * len(distinct)))
@@ -116,11 +118,12 @@ def choose(found: Survey, settings: Settings) -> Choice:
     )
 
 
-def _repeated(representative_N: np.ndarray, quality_N: np.ndarray) -> np.ndarray:
-    """For each example that nearly repeats a better one, or an equal earlier one, the place of that one; else -1."""
-    order = np.lexsort(
-        (np.arange(len(representative_N)), -quality_N, representative_N)
-    )  # by group, the best first, then the first
+def _repeated(representative_N: np.ndarray, quality_N: np.ndarray, num_answers_N: np.ndarray) -> np.ndarray:
+    """For each example that nearly repeats a better one, an equal one that trains more answers, or an equal earlier
+    one, the place of that one; else -1.
+    """
+    keys = (np.arange(len(representative_N)), -num_answers_N, -quality_N, representative_N)  # the last sorts first
+    order = np.lexsort(keys)
     starts = np.flatnonzero(np.r_[True, representative_N[order[1:]] != representative_N[order[:-1]]])
     best = np.repeat(order[starts], np.diff(np.r_[starts, len(order)]))
     repeated_N = np.empty(len(representative_N), np.int64)

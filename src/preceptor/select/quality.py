@@ -34,18 +34,25 @@ import numpy as np
 
 from preceptor.errors import ConfigError
 
-# Refusals count where an answer begins, boilerplate wherever it stands.
+# Refusals count where an answer begins, boilerplate wherever it stands. To be sorry, or to name a firm, is no refusal.
+_UNABLE = (
+    r"(i (can['’]t|cannot|can not|won['’]t|will not|do(n['’]t| not) (have|know|understand|feel comfortable))|"
+    r"i(['’]m| am) (not|unable)|(it|that|this)(['’]s| is) (not|beyond|impossible))\b"
+)
 _REFUSAL = re.compile(
-    r"^\W*((i['’]m|i am) (very |so |really )?(sorry|afraid)\b|sorry, (but )?i\b|unfortunately, i (can|am)\b|"
+    rf"^\W*(((i['’]m|i am) )?((very|so|really|terribly) )?(sorry|afraid)\b(\W+|[^.!?\n]{{1,80}}\W){_UNABLE}|"
+    rf"((i['’]m|i am) )?((very|so|really|terribly) )?sorry,? but (no\b|as\b|this\b|that\b)|unfortunately,? {_UNABLE}|"
     r"i (can['’]t|cannot|can not|am not able to|['’]m not able to|am unable to|won['’]t) "
     r"(help|assist|answer|provide|fulfil|fulfill|do that|comply|discuss|write|create|generate))",
     re.IGNORECASE,
 )
+_FIRMS = r"(developed|trained|created|made|built) by (openai|anthropic|google|meta)\b"
 _BOILERPLATE = re.compile(
-    r"as an? (ai|artificial intelligence|(large )?language model)\b|"
+    r"as an? (ai|artificial intelligence|(large )?language model)( (language )?(model|assistant|chatbot|system))?"
+    rf"(?=\s*([,.;:!?)]|$|i\b|my\b|{_FIRMS}))|"
     r"\bi['’]?( a)?m (just |only )?an? (ai|(large )?language model)\b|"
-    r"my (knowledge|training) (cut-?off|data)|i do(n['’]t| not) have (personal|access to real)|"
-    r"(developed|trained|created) by (openai|anthropic|google|meta)\b",
+    rf"\bi(['’]m| am| was)( \w+,)?( [^.!?\n]{{0,60}}\b(model|assistant|ai|chatbot),?)?( that was)? {_FIRMS}|"
+    r"my (knowledge|training) (cut-?off|data)|i do(n['’]t| not) have (personal|access to real)",
     re.IGNORECASE,
 )
 _FILLER = re.compile(
@@ -56,7 +63,7 @@ _FILLER = re.compile(
 _FENCE = re.compile(r"^\s*```.*?^\s*```\s*?$", re.DOTALL | re.MULTILINE)
 _FENCE_LINE = re.compile(r"^\s*```", re.MULTILINE)
 _LIST_MARK = re.compile(r"^\s*\(?\w{1,4}\)", re.MULTILINE)
-_SMILEY = re.compile(r"[:;=8]['’]?-?[()\[\]]")
+_SMILEY = re.compile(r"(?<![\d(\[])[:;=]['’]?-?([()\[\]])\1*+(?!\w)")
 _AFTER = "\x80-\xbf" + bytes(range(0x80, 0xA0)).decode(
     "cp1252", "ignore"
 )  # the second byte of UTF-8, read as a character
@@ -79,6 +86,7 @@ _COMPRESSED_BYTES = 200  # below, a compressor's own overhead decides
 class TextSignals:
     """The signals of a conversation, each from its worst answer."""
 
+    num_answers: int  # that are trained
     num_characters: int  # mean of the answers
     refusal: float  # 0, 0.5 (filler phrases) or 1 (a refusal, or a mention of being a language model)
     formatting: float  # 0.5 for each flaw, at most 1
@@ -92,6 +100,7 @@ def text_signals(answers: Sequence[str], said: Sequence[str] | None = None) -> T
     refusals, flaws = [_refusal(text) for text in said or answers], [_flaws(answer) for answer in answers]
     worst_refusal, worst_flaws = max(refusals, key=lambda r: r[0]), max(flaws, key=len)
     return TextSignals(
+        num_answers=len(answers),
         num_characters=round(sum(map(len, answers)) / len(answers)),
         refusal=worst_refusal[0],
         formatting=min(1.0, len(worst_flaws) / 2),
@@ -115,8 +124,8 @@ def _flaws(answer: str) -> list[str]:
     if len(_FENCE_LINE.findall(answer)) % 2:
         flaws.append("an open code fence")
     prose = _FENCE.sub("", answer)
-    brackets = _SMILEY.sub("", _LIST_MARK.sub("", prose))
-    if any(brackets.count(left) != brackets.count(right) for left, right in _PAIRS):
+    brackets = _LIST_MARK.sub("", prose)
+    if not _match(brackets) and not _match(_SMILEY.sub("", brackets)):
         flaws.append("unmatched brackets")
     letters = [character for character in prose if character.isupper() or character.islower()]
     if len(letters) >= _CAPITAL_LETTERS and sum(map(str.isupper, letters)) > 0.7 * len(letters):
@@ -129,6 +138,10 @@ def _flaws(answer: str) -> list[str]:
     if _CUT.search(prose.rstrip()) or answer.rstrip().endswith((" and", " the", " of", " a", " to")):
         flaws.append("an end in mid-sentence")
     return flaws
+
+
+def _match(text: str) -> bool:
+    return all(text.count(left) == text.count(right) for left, right in _PAIRS)
 
 
 def repeated_share(text: str) -> float:
