@@ -12,6 +12,8 @@ from preceptor import config
 from preceptor.config.convert import convert, convert_file
 from preceptor.config.peer_files import PeerFile
 from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.sections import Source
+from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError
 
 TORCHTUNE = {
@@ -465,7 +467,7 @@ def test_an_entry_that_does_not_say_where_the_data_is_is_left_out_and_named():
 def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, monkeypatch):
     known = {
         "a": {"hf_hub_url": "own/set", "subset": "easy", "num_samples": 50, "columns": {"prompt": "q", "images": "i"}},
-        "b": {"hf_hub_url": "own/chats", "split": "sft", "tags": {"role_tag": "who"}},
+        "b": {"hf_hub_url": "own/chats", "split": "sft", "formatting": "sharegpt", "tags": {"role_tag": "who"}},
         "c": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}},
     }
     (tmp_path / "data").mkdir()
@@ -476,7 +478,7 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     found = convert_file(Path("a.yaml"))
     assert found.tree["data"]["train"] == [
         {"path": "own/set", "name": "easy", "split": "train", "count": 50, "columns": {"instruction": "q"}},
-        {"path": "own/chats", "split": "sft"},
+        {"path": "own/chats", "split": "sft", "columns": {"messages": "conversations"}},
     ]
     said = [why for key, why in found.notes if key == "dataset"]
     assert "only text is trained" in said[0] and "messages have who: rename them" in said[1]
@@ -485,11 +487,69 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
 
 
-def test_a_data_set_of_llama_factory_keeps_its_folder(tmp_path):
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"hf_hub_url": "own/code", "folder": "python"}}))
-    found = converted(tmp_path, {"stage": "sft", "dataset": "a", "dataset_dir": str(tmp_path)})
-    assert found.tree["data"]["train"] == [{"path": "hf://datasets/own/code/python", "split": "train"}]
-    assert "dataset_dir" not in notes_of(found)
+def of_entry(tmp_path, entry, stage="sft"):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": entry}))
+    return converted(tmp_path, {"stage": stage, "dataset": "a", "dataset_dir": str(tmp_path)})
+
+
+OF_ALPACA = {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        ({"hf_hub_url": "own/code", "folder": "python"}, {"path": "hf://datasets/own/code/python", "split": "train"}),
+        (
+            {"hf_hub_url": "own/code", "folder": "python", "revision": "v2"},
+            {"path": "hf://datasets/own/code@v2/python", "split": "train"},
+        ),
+        ({"hf_hub_url": "own/code", "revision": "v2"}, {"path": "own/code", "split": "train", "revision": "v2"}),
+        ({"file_name": "/b.json", "split": "train", "subset": "x"}, {"path": "/b.json"}),
+    ],
+)
+def test_a_data_set_of_llama_factory_keeps_its_folder_and_revision(tmp_path, entry, place):
+    found = of_entry(tmp_path, entry)
+    assert found.tree["data"]["train"] == [{**place, "columns": OF_ALPACA}]
+    assert not {"dataset", "dataset_dir"} & notes_of(found).keys()
+
+
+SHAREGPT = {"formatting": "sharegpt"}
+TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({}, ["Q\n\nMORE", "A"]),
+        ({"columns": {"prompt": "instruction", "response": "output"}}, ["Q", "A"]),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, ["Q\n\nMORE", "A"]),
+        ({"columns": {"prompt": "instruction", "response": "output", "system": "system"}}, ["SYS", "Q", "A"]),
+        ({"columns": {"prompt": "instruction", "response": "output", "history": "history"}}, ["a", "b", "Q", "A"]),
+        (SHAREGPT, ["Q", "A"]),
+        ({**SHAREGPT, "columns": {"messages": "conversations"}}, ["Q", "A"]),
+        ({**SHAREGPT, "columns": {"messages": "conversations", "system": "system"}}, ["SYS", "Q", "A"]),
+    ],
+)
+def test_of_a_data_set_only_the_columns_that_llama_factory_reads_are_trained(tmp_path, entry, said):
+    row = {"system": "SYS", "instruction": "Q", "input": "MORE", "output": "A", "history": [["a", "b"]]}
+    row = {"system": "SYS", "conversations": TURNS} if "formatting" in entry else row
+    (tmp_path / "b.json").write_text(json.dumps([row]))
+    found = of_entry(tmp_path, {"file_name": "b.json", **entry})
+    (example,) = OpenSource(Source(**found.tree["data"]["train"][0])).examples()
+    assert [message.content for message in example.messages] == said
+
+
+@pytest.mark.parametrize("named", [{}, {"columns": {"prompt": "instruction", "query": "input"}}])
+def test_a_text_of_llama_factory_is_its_column_of_the_prompt(tmp_path, named):
+    (source,) = of_entry(tmp_path, {"hf_hub_url": "own/texts", **named}, "pt").tree["data"]["train"]
+    assert source["columns"] == {"text": "instruction"}
+
+
+@pytest.mark.parametrize("entry", [{"ranking": True}, {"columns": {"prompt": "q", "response": "a", "kto_tag": "t"}}])
+def test_preferences_of_llama_factory_are_left_out_as_there(tmp_path, entry):
+    found = of_entry(tmp_path, {"file_name": "b.json", **entry})
+    assert "data.train" in found.missing
+    assert "chosen and rejected" in notes_of(found)["dataset"]
 
 
 @pytest.mark.parametrize("entry", [{"script_url": "s"}, {"cloud_file_name": "s"}, "mine.json", None])
@@ -497,7 +557,7 @@ def test_an_entry_of_llama_factory_without_a_place_is_named(tmp_path, entry):
     known = {"a": entry, "b": {"file_name": "b.json"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(known))
     found = converted(tmp_path, {"stage": "sft", "dataset": "a,b", "dataset_dir": str(tmp_path)})
-    assert found.tree["data"]["train"] == [{"path": str(tmp_path / "b.json")}]
+    assert found.tree["data"]["train"] == [{"path": str(tmp_path / "b.json"), "columns": OF_ALPACA}]
     assert notes_of(found)["dataset"].startswith("'a': its entry has neither")
     (tmp_path / "dataset_info.json").write_text("[1]")
     with pytest.raises(ConfigError, match="holds list, not data sets"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from preceptor.config import torchtune, unsloth
-from preceptor.config.peer_data import data_section
+from preceptor.config.peer_data import OF_ALPACA, data_section
 from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS
@@ -22,7 +22,6 @@ from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
 _NO_CLIPPING = 1e9
-_OF_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # what LLaMA-Factory reads of a row
 _SPREAD = ("deepspeed", "fsdp", "fsdp_config")
 _TRACKER_KEYS = {
     "wandb": ("use_wandb", "wandb_project"),
@@ -50,7 +49,7 @@ def settings_of(path: Path) -> Mapping[str, Any]:
         names = settings.get("dataset")
         name = str(names[0] if isinstance(names, list) and names else names).split(",")[0].strip()
         entry = dataset_info(settings, path.parent).get(name, {"columns": None})
-        settings |= {"formatting": entry.get("formatting"), "columns": entry.get("columns", _OF_ALPACA)}
+        settings |= {"formatting": entry.get("formatting"), "columns": entry.get("columns", OF_ALPACA)}
     return settings
 
 
