@@ -170,9 +170,62 @@ def test_a_command_that_names_a_file_of_settings(tmp_path):
         converted(tmp_path, "trl sft --config other.yaml\n", "b.sh")
 
 
+FILES = {
+    "ax.yml": {"base_model": "m", "micro_batch_size": 1, "learning_rate": 1.0e-3, "num_epochs": 4},
+    "lf.yaml": {"stage": "sft", "model_name_or_path": "m", "learning_rate": 1.0e-3, "num_train_epochs": 4},
+    "tt.yaml": {**TORCHTUNE, "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1.0e-3}, "epochs": 4},
+    "sft.yaml": {"model_name_or_path": "m", "learning_rate": 1.0e-3, "num_train_epochs": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "peer", "rate", "epochs", "size"),
+    [
+        ("axolotl train ax.yml", "Axolotl", 1e-3, 4, 1),
+        ("axolotl preprocess ax.yml\naxolotl train ax.yml --learning-rate 1e-4 --num-epochs=2", "Axolotl", 1e-4, 2, 1),
+        ("accelerate launch --num_processes 2 -m axolotl.cli.train ax.yml --num_epochs 2", "Axolotl", 1e-3, 2, 2),
+        ("axolotl train ax.yml --num-epochs 2 --launcher torchrun -- --nproc_per_node=2", "Axolotl", 1e-3, 2, 2),
+        ("GPUS=0 llamafactory-cli train lf.yaml learning_rate=1e-4 num_train_epochs=2", "LLaMA-Factory", 1e-4, 2, 8),
+        ("python -m llamafactory.cli train lf.yaml num_train_epochs=2", "LLaMA-Factory", 1e-3, 2, 8),
+        ("tune run lora_finetune_single_device --config ./tt.yaml", "torchtune", 1e-3, 4, 1),
+        ("tune run full_finetune --config=tt.yaml epochs=2 optimizer.lr=1e-4", "torchtune", 1e-4, 2, 1),
+        (
+            "tune run --nproc_per_node 2 full_finetune_distributed --config tt.yaml batch_size=3",
+            "torchtune",
+            1e-3,
+            4,
+            6,
+        ),
+        ("tune run full_finetune --config tt.yaml optimizer=torch.optim.AdamW ~epochs", "torchtune", 1e-3, 1, 1),
+        ("accelerate launch scripts/run_sft.py sft.yaml --learning_rate=1e-4 --bf16", "TRL", 1e-4, 4, 8),
+    ],
+)
+def test_a_command_of_any_trainer_that_names_a_file_of_settings(tmp_path, command, peer, rate, epochs, size):
+    for name, tree in FILES.items():
+        (tmp_path / name).write_text(yaml.safe_dump(tree))
+    found = converted(tmp_path, command + "\n", "a.sh")
+    assert (found.peer, found.tree["optimizer"]["learning_rate"]) == (peer, rate)
+    assert (found.tree["train"]["duration"], found.tree["train"]["batch_size"]) == (f"{epochs} epochs", size)
+    assert {key for key, why in found.notes if "not known" in why} <= {"launcher"}
+
+
+def test_a_setting_of_a_command_that_leads_nowhere_in_its_file_is_named(tmp_path):
+    (tmp_path / "tt.yaml").write_text(yaml.safe_dump(FILES["tt.yaml"]))
+    found = converted(tmp_path, "tune run full_finetune --config tt.yaml epochs.x=2 epochs=$N\n", "a.sh")
+    assert "leads to no section of tt.yaml" in notes_of(found)["epochs.x"]
+    assert notes_of(found)["epochs"] == "$N: a variable of the shell"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("axolotl train none.yml --learning-rate 1e-4", "none.yml: is not here, and holds the settings"),
+        ("axolotl train $CONFIG --learning-rate 1e-4", "a YAML file of Axolotl.*: convert that YAML"),
+        ("accelerate launch -m axolotl.cli.train --num_epochs 2", "a YAML file of Axolotl"),
+        ("llamafactory-cli train $A/lf.yaml learning_rate=1e-5", "a YAML file of LLaMA-Factory"),
+        ("tune run full_finetune --config $CONFIG epochs=2", "a YAML file of torchtune"),
+        ("tune run full_finetune --config llama3_1/8B_full epochs=2", "tune cp llama3_1/8B_full config.yaml"),
+        ("tune run lora_dpo_single_device --config tt.yaml", "`lora_dpo_single_device`: it is another task"),
         ("trl dpo --model_name_or_path m", "`dpo`: it is another task than `sft`"),
         ("python examples/scripts/sft_diffusion_gemma.py --output_dir o", "another task"),
         ("python examples/scripts/sft_gemma3.py", "convert the script that it starts"),
