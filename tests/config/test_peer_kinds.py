@@ -13,6 +13,7 @@ from preceptor.config.convert import convert, convert_file
 from preceptor.config.peer_files import PeerFile
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.sections import Source
+from preceptor.data.formats.tables import find_tables
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError
 
@@ -538,6 +539,36 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     Path("b.yaml").write_text("stage: pt\ndataset: c\n")
     data = convert_file(Path("b.yaml")).tree["data"]
     assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "split"),
+    [
+        (["part1.jsonl"], None, None),
+        (["part1.jsonl"], "train", None),
+        (["train.jsonl", "test.jsonl"], None, "train"),
+        (["train/1.jsonl", "test/1.jsonl"], "test", "test"),
+        ([], None, None),
+        ([], "train", "train"),
+    ],
+)
+@pytest.mark.parametrize("peer", ["TRL", "Axolotl", "torchtune"])
+def test_a_folder_whose_files_name_no_split_is_read_whole(tmp_path, peer, files, named, split):
+    for name in files:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text('{"text": "a"}\n')
+    path = "./mine"
+    content = {
+        "TRL": {"output_dir": "o", "dataset_name": path, "dataset_train_split": named},
+        "Axolotl": {"base_model": "m", "datasets": [{"path": path, "type": "sharegpt", "split": named}]},
+        "torchtune": {**TORCHTUNE, "dataset": {**TORCHTUNE["dataset"], "source": path}},
+    }[peer]
+    if peer == "torchtune" and named is not None:
+        content["dataset"]["split"] = named
+    (source,) = converted(tmp_path, content).tree["data"]["train"]
+    assert source == {"path": path, **({"split": split} if split else {})}
+    if files:
+        assert find_tables(Source(**{**source, "path": str(tmp_path / "mine")}))
 
 
 def of_entry(tmp_path, entry, stage="sft"):

@@ -130,7 +130,7 @@ def _entries(given: Conversion) -> tuple[Any, Any]:
         train, held_out = given.value("train_dataset", "datasets"), given.value("eval_dataset")
         if train is None and (name := given.value("dataset_name")) is not None:
             found = {"path": name, "name": given.value("dataset_config")}
-            train = {**found, "split": given.value("dataset_train_split") or "train"}
+            train = {**found, "split": given.value("dataset_train_split")}
             if given.on("eval_strategy", "evaluation_strategy") and held_out is None:
                 held_out = {**found, "split": given.value("dataset_test_split") or "test"}
         return train, held_out
@@ -210,7 +210,8 @@ def _place(given: Conversion, key: str, values: dict[str, Any], folder: Path) ->
             values.pop("split", None)
     found: dict[str, Any] = {"path": str(path)}
     if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
-        found["split"] = str(values.pop("split", "train"))
+        if (split := _split(str(path), values.pop("split", None), folder)) is not None:
+            found["split"] = split
     elif values.get("split") == "train":  # all that a file has
         values.pop("split")
     if "name" in values and files is None:
@@ -218,6 +219,17 @@ def _place(given: Conversion, key: str, values: dict[str, Any], folder: Path) ->
     found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
     values.pop("weight", None)
     return found
+
+
+def _split(path: str, named: Any, folder: Path) -> str | None:
+    """Where none is named, `train`; of a folder that has no such file, all files, of which there `train` is made."""
+    if not _is_local(path, folder):
+        return str(named or "train")
+    places = [root / path for root in (folder, Path()) if (root / path).is_dir()]
+    has_train = any(True for place in places for _ in place.rglob("*train*"))
+    if named in (None, "train") and not has_train:
+        return "train" if named and not places else None
+    return str(named or "train")
 
 
 def _is_local(path: str, folder: Path) -> bool:
