@@ -1011,6 +1011,15 @@ def test_an_adapter_of_torchtune_on_no_layer_is_named(tmp_path):
     config.build(found.tree, "converted")
 
 
+@pytest.mark.parametrize(
+    ("named", "own"), [({}, (8, 16.0)), ({"lora_rank": 32}, (32, 16.0)), ({"lora_alpha": 4}, (8, 4.0))]
+)
+def test_an_adapter_of_torchtune_has_the_rank_of_its_builders_unless_told(tmp_path, named, own):
+    model = {"_component_": "torchtune.models.llama3_1.lora_llama3_1_8b", "lora_attn_modules": ["q_proj"]}
+    adapter = converted(tmp_path, {**TORCHTUNE, "model": {**model, **named}}).tree["adapter"]
+    assert (adapter["rank"], adapter["alpha"]) == own
+
+
 def test_a_model_of_torchtune_that_sees_is_named(tmp_path):
     model = {"_component_": "torchtune.models.llama3_2_vision.llama3_2_vision_11b", "encoder_trainable": True}
     found = converted(tmp_path, {**TORCHTUNE, "model": {**model, "decoder_trainable": "frozen"}})

@@ -140,9 +140,11 @@ def set_optimizer(given: Conversion) -> None:
     given.set("optimizer.warmup", _warmup(given, name))
     named = "muon" if given.on("use_muon") else given.value("optim", "optimizer")
     rule = "adamw" if named is None else optimizer_name(str(named))
+    key = "optim" if "optim" in given.settings else "optimizer"
+    if rule == "adamw_8bit" and "4bit" in str(named).lower():
+        given.note(key, f"{short(named)}: its states have 4 bits there, 8 bits here: adamw_8bit")
     if rule is None:
         why = f"{short(named)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-        key = "optim" if "optim" in given.settings else "optimizer"
         given.not_offered(key, why, "; it is adamw here, which needs another learning rate")
     given.set("optimizer.name", None if rule == "adamw" else rule)
     given.takes("adam_epsilon", 1e-8)  # as here
