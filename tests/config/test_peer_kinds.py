@@ -913,6 +913,28 @@ def test_a_template_in_the_file_is_to_be_written_to_one():
     assert "chat_template" not in found.tree["data"] and ".jinja" in notes_of(found)["chat_template"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"tokens": ["<my_tool>"]}, "tokens"),
+        ({"add_tokens": "<my_tool>"}, "add_tokens"),
+        ({"add_special_tokens": "<my_tool>"}, "add_special_tokens"),
+        ({"new_special_tokens": "<my_tool>"}, "new_special_tokens"),
+        ({"added_tokens_overrides": {128041: "<my_tool>"}}, "added_tokens_overrides"),
+        (
+            {"special_tokens": {"additional_special_tokens": ["<my_tool>"], "eos_token": "</s>"}},
+            "special_tokens.additional_special_tokens",
+        ),
+    ],
+)
+def test_tokens_of_the_data_are_not_added_and_that_is_said_before_what_needs_no_action(settings, key):
+    found = of("Axolotl", eos_token="</s>", **settings)
+    assert "their text is read as ordinary tokens: add them to the model's folder" in notes_of(found)[key]
+    keys = [each for each, _ in found.notes]
+    assert keys.index(key) < keys.index("eos_token") and "special_tokens" not in keys
+    assert notes_of(of("Axolotl", special_tokens={"pad_token": "x"}))["special_tokens"].endswith("nothing to set")
+
+
 def test_trackers_by_their_own_keys():
     found = of("Axolotl", use_tensorboard=True, trackio_project_name="p", use_swanlab=True)
     assert found.tree["tracker"] == ["tensorboard", "trackio"] and "use_swanlab" in notes_of(found)

@@ -179,6 +179,10 @@ def _set_trackers(given: Conversion) -> None:
 
 def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
     """Keys that nothing has read, with the reason; those that are off say nothing."""
+    special, more = given.settings.get("special_tokens"), "additional_special_tokens"  # of Axolotl, one in the other
+    if isinstance(special, Mapping) and special.get(more):
+        given.used.add("special_tokens")
+        given.note(f"special_tokens.{more}", f"{short(special[more])}: {NO_COUNTERPART[more]}")
     for key, value in given.settings.items():
         own = str(value).lower()
         if (said := SPEAKS.get(f"{key}={own}")) is not None:
