@@ -834,6 +834,23 @@ def test_the_last_share_of_the_rate_that_runs_instead_is_that_of_the_file(peer, 
     assert "it is cosine here, down to 0.1 of the rate" in notes_of(found)["lr_scheduler_type"]
 
 
+@pytest.mark.parametrize(
+    ("peer", "given", "ratio"),
+    [
+        ("TRL", {"learning_rate": 1e-5}, 0.1),
+        ("TRL", {}, 0.05),  # of 2e-5
+        ("LLaMA-Factory", {"learning_rate": 1e-4}, 0.01),
+        ("Axolotl", {"lr": 1e-4}, 0.01),
+    ],
+)
+def test_a_last_rate_is_a_share_of_the_peak(peer, given, ratio):
+    found = of(peer, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6}, **given)
+    assert found.tree["optimizer"]["min_lr_ratio"] == pytest.approx(ratio)
+    assert "lr_scheduler_kwargs" not in notes_of(found)
+    odd = of(peer, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": "x"}, **given)
+    assert "is not a value that can be carried over" in notes_of(odd)["lr_scheduler_kwargs"]
+
+
 @pytest.mark.parametrize("switch", ["relora", "use_qalora"])
 def test_settings_of_a_variant_of_lora_say_nothing_without_its_switch(switch):
     settings = {"relora_steps": 150, "relora_prune_ratio": 0.9, "qalora_group_size": 16}

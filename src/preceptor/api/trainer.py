@@ -19,7 +19,7 @@ from preceptor.api.results import TrainResult, held_out_figures, log_history
 from preceptor.api.run import Run
 from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import convert
-from preceptor.config.peer_defaults import ARGUMENTS, DEFAULTS
+from preceptor.config.peer_defaults import ARGUMENTS
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_TRAINER
 from preceptor.console import say
@@ -113,7 +113,7 @@ class SFTTrainer:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
-        settings, checkpoint = carried(settings, {**DEFAULTS["TRL"], **defaults}["learning_rate"])
+        settings, checkpoint = carried(settings)
         data, field, notes = {}, settings.pop("dataset_text_field", None), []
         for key, given in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             if given is not None:
