@@ -234,6 +234,8 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
             r"optim: 'lion_32bit' is not offered\. Choose adamw, adamw_8bit, muon, adafactor or sgd$",
         ),
         ({"optim_target_modules": ["q"]}, "optim_target_modules: low-rank gradients"),
+        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .*: here model.train_only: .*set it by hand"),
+        ({"early_stopping_patience": 3}, "early_stopping_patience: 3: here train.patience"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: 'polynomial' is not offered: constant, .*cosine, "),
         ({"loss_type": "hinge"}, "loss_type: 'hinge' is not offered: nll or dft"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a value"),

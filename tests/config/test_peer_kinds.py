@@ -10,8 +10,10 @@ import yaml
 import peer_files
 from preceptor import config
 from preceptor.config.convert import convert, convert_file
+from preceptor.config.peer_defaults import DIRECT
 from preceptor.config.peer_files import PeerFile
-from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_names import CHANGES_IF_LEFT_OUT, COUNTERPARTS
+from preceptor.config.peer_without import NO_COUNTERPART
 from preceptor.config.sections import Source
 from preceptor.data.formats.tables import find_tables
 from preceptor.data.sources import OpenSource
@@ -883,17 +885,35 @@ def test_the_size_of_an_update_of_muon_under_fsdp_is_named(key):
         {"eva_config": {"rho": 2}},
         {"optim": "lion_8bit"},
         {"load_in_4bit": True},
+        {"unfrozen_parameters": ["^lm_head.weight$"]},
+        {"adapter_name_or_path": "saves/x"},
+        {"lora_model_dir": "saves/x", "use_peft": True},
+        {"exclude_modules": ["lm_head"]},
+        {"layers_to_transform": [1]},
+        {"peft_layers_to_transform": [1]},
+        {"load_best_model_at_end": True},
+        {"early_stopping_patience": 3},
+        {"early_stopping_steps": 3},
+        {"interleave_probs": "0.5,0.5"},
+        {"embedding_learning_rate": 1e-5},
+        {"lr_groups": [{"name": "head"}]},
     ],
 )
 def test_what_changes_the_training_comes_first(settings):
     found = of("TRL", do_train=True, save_strategy="best", **settings)
     lines = found.text("x").splitlines()
     first = next(
-        at for at, line in enumerate(lines) if line == "# Not offered, so that something else is trained than there:"
+        at
+        for at, line in enumerate(lines)
+        if line == "# Not carried over, so that something else is trained than there:"
     )
     key = "quantization" if "load_in_4bit" in settings else next(iter(settings))
     assert lines[first + 1].startswith(f"#   {key}: ") and lines[first + 2] == "# Not carried over, or not as it was:"
     assert [name for name, _ in found.unoffered] == [key]
+
+
+def test_what_is_to_be_set_by_hand_is_known_to_have_a_key_here():
+    assert COUNTERPARTS.keys() >= CHANGES_IF_LEFT_OUT and not CHANGES_IF_LEFT_OUT & {*NO_COUNTERPART, *DIRECT}
 
 
 def test_another_epsilon_needs_action_and_the_same_one_none():

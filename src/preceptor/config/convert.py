@@ -12,7 +12,7 @@ from preceptor.config import torchtune, unsloth
 from preceptor.config.peer_data import OF_ALPACA, data_section
 from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
-from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_names import CHANGES_IF_LEFT_OUT, COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
 from preceptor.config.peer_training import set_adapter, set_moments, set_optimizer, set_training, trains_adapter
 from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
@@ -195,7 +195,8 @@ def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
             given.note(key, NO_COUNTERPART[key])
         else:
             what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
-            given.note(key, f"{public(key, value)}: {what}")
+            say = given.not_offered if key in CHANGES_IF_LEFT_OUT else given.note
+            say(key, f"{public(key, value)}: {what}")
     for sentence in unread:
         key, _, why = sentence.partition(": ")
         given.note(key, why)
