@@ -252,7 +252,7 @@ def _command(path: Path, text: str) -> PeerFile:
     if program in ("llamafactory", "tune"):
         rest = [f"--{word}" if re.match(r"~|[\w.]+=", word) else word for word in rest]
     named = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
-    unread += [f"{word}: a variable of the shell" for word in named if "$" in word]
+    unread += [f"{word}: a variable of the shell" for word in named if re.match(r"\$|.*\$.*\.ya?ml$", word)]
     launcher, settings = _flags(before, []), _flags(rest, unread)
     place = _place(path, program, settings, named)
     nodes = launcher.get("nnodes", launcher.get("num_nodes", 1))  # of torchrun, deepspeed; accelerate says the whole
