@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers import (
 
 from conftest import conversations
 from preceptor import SFTConfig, SFTTrainer
+from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import convert, known_settings
 from preceptor.config.peer_files import PeerFile
 from preceptor.errors import CheckpointError, ConfigError
@@ -234,6 +236,8 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
             r"optim: 'lion_32bit' is not offered\. Choose adamw, adamw_8bit, muon, adafactor or sgd$",
         ),
         ({"optim_target_modules": ["q"]}, "optim_target_modules: low-rank gradients"),
+        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: .*: here model.train_only: .*set it by hand"),
+        ({"early_stopping_patience": 3}, "early_stopping_patience: 3: here train.patience"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: 'polynomial' is not offered: constant, .*cosine, "),
         ({"loss_type": "hinge"}, "loss_type: 'hinge' is not offered: nll or dft"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a value"),
@@ -284,6 +288,28 @@ def test_a_tokenizer_beside_a_name_is_the_models_own(base_folder, tmp_path):
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ConfigError, match="its chat template are not those of"):
         SFTTrainer(str(base_folder), processing_class=tokenizer, **given)
+
+
+def test_a_tokenizer_is_compared_with_that_of_the_revision_whose_code_is_trusted(base_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(base_folder, tmp_path / "model")
+    (folder / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Fast\nclass Own(Fast): pass\n")
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    asked = []
+
+    def load(*given):
+        asked.append(given)
+        return load_tokenizer(*given)
+
+    monkeypatch.setattr("preceptor.api.trainer.load_tokenizer", load)
+    loading = {
+        "model_init_kwargs": {"trust_remote_code": True, "revision": "v1"}
+    }  # which a folder has not, and ignores
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    given = {"processing_class": tokenizer, "train_dataset": ROWS, "output_dir": str(tmp_path / "run")}
+    assert SFTTrainer(str(folder), **given, **loading).run is not None
+    assert asked == [(str(folder), True, "v1")]
 
 
 def test_how_a_model_is_loaded_is_refused_beside_a_live_one(base_folder, tmp_path):

@@ -607,6 +607,11 @@ def test_the_command(preceptor, tmp_path):
         ("LLaMA-Factory", "use_muon", True, "muon"),
         ("Axolotl", "optimizer", "adamw_torch_8bit", "adamw_8bit"),
         ("Axolotl", "optimizer", "muon", "muon"),
+        ("TRL", "optim", "adamw_torch_4bit", "adamw_8bit"),
+        ("Axolotl", "optimizer", "ao_adamw_4bit", "adamw_8bit"),
+        ("Axolotl", "optimizer", "ao_adamw_fp8", "adamw_8bit"),
+        ("Axolotl", "optimizer", "ao_adamw_8bit", "adamw_8bit"),
+        ("Axolotl", "optimizer", "optimi_adamw", None),
         ("TRL", "optim", "lion_32bit", None),
         ("TRL", "optim", "galore_adamw", None),
     ],
@@ -615,7 +620,8 @@ def test_optimizers_by_name(peer, key, value, name):
     found = convert(PeerFile(peer, {"model_name_or_path": "m", key: value}), Path())
     assert found.tree["optimizer"].get("name") == name
     is_named = value in ("lion_32bit", "galore_adamw")
-    assert (key in notes_of(found)) == is_named and not (is_named and "AdamW only" in str(found.notes))
+    assert (key in notes_of(found)) == (is_named or "4bit" in str(value)) and bool(found.unoffered) == is_named
+    assert "4bit" not in str(value) or notes_of(found)[key].endswith("4 bits there, 8 bits here: adamw_8bit")
     if name == "sgd":
         assert found.tree["optimizer"]["momentum"] == 0.0, "theirs has none, ours 0.9 by default"
     if name in ("sgd", "adafactor"):

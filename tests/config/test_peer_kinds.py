@@ -10,8 +10,13 @@ import yaml
 import peer_files
 from preceptor import config
 from preceptor.config.convert import convert, convert_file
+from preceptor.config.peer_defaults import DIRECT
 from preceptor.config.peer_files import PeerFile
-from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_names import CHANGES_IF_LEFT_OUT, COUNTERPARTS
+from preceptor.config.peer_without import NO_COUNTERPART
+from preceptor.config.sections import Source
+from preceptor.data.formats.tables import find_tables
+from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError
 
 TORCHTUNE = {
@@ -168,9 +173,62 @@ def test_a_command_that_names_a_file_of_settings(tmp_path):
         converted(tmp_path, "trl sft --config other.yaml\n", "b.sh")
 
 
+FILES = {
+    "ax.yml": {"base_model": "m", "micro_batch_size": 1, "learning_rate": 1.0e-3, "num_epochs": 4},
+    "lf.yaml": {"stage": "sft", "model_name_or_path": "m", "learning_rate": 1.0e-3, "num_train_epochs": 4},
+    "tt.yaml": {**TORCHTUNE, "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1.0e-3}, "epochs": 4},
+    "sft.yaml": {"model_name_or_path": "m", "learning_rate": 1.0e-3, "num_train_epochs": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "peer", "rate", "epochs", "size"),
+    [
+        ("axolotl train ax.yml", "Axolotl", 1e-3, 4, 1),
+        ("axolotl preprocess ax.yml\naxolotl train ax.yml --learning-rate 1e-4 --num-epochs=2", "Axolotl", 1e-4, 2, 1),
+        ("accelerate launch --num_processes 2 -m axolotl.cli.train ax.yml --num_epochs 2", "Axolotl", 1e-3, 2, 2),
+        ("axolotl train ax.yml --num-epochs 2 --launcher torchrun -- --nproc_per_node=2", "Axolotl", 1e-3, 2, 2),
+        ("GPUS=0 llamafactory-cli train lf.yaml learning_rate=1e-4 num_train_epochs=2", "LLaMA-Factory", 1e-4, 2, 8),
+        ("python -m llamafactory.cli train lf.yaml num_train_epochs=2", "LLaMA-Factory", 1e-3, 2, 8),
+        ("tune run lora_finetune_single_device --config ./tt.yaml", "torchtune", 1e-3, 4, 1),
+        ("tune run full_finetune --config=tt.yaml epochs=2 optimizer.lr=1e-4", "torchtune", 1e-4, 2, 1),
+        (
+            "tune run --nproc_per_node 2 full_finetune_distributed --config tt.yaml batch_size=3",
+            "torchtune",
+            1e-3,
+            4,
+            6,
+        ),
+        ("tune run full_finetune --config tt.yaml optimizer=torch.optim.AdamW ~epochs", "torchtune", 1e-3, 1, 1),
+        ("accelerate launch scripts/run_sft.py sft.yaml --learning_rate=1e-4 --bf16", "TRL", 1e-4, 4, 8),
+    ],
+)
+def test_a_command_of_any_trainer_that_names_a_file_of_settings(tmp_path, command, peer, rate, epochs, size):
+    for name, tree in FILES.items():
+        (tmp_path / name).write_text(yaml.safe_dump(tree))
+    found = converted(tmp_path, command + "\n", "a.sh")
+    assert (found.peer, found.tree["optimizer"]["learning_rate"]) == (peer, rate)
+    assert (found.tree["train"]["duration"], found.tree["train"]["batch_size"]) == (f"{epochs} epochs", size)
+    assert {key for key, why in found.notes if "not known" in why} <= {"launcher"}
+
+
+def test_a_setting_of_a_command_that_leads_nowhere_in_its_file_is_named(tmp_path):
+    (tmp_path / "tt.yaml").write_text(yaml.safe_dump(FILES["tt.yaml"]))
+    found = converted(tmp_path, "tune run full_finetune --config tt.yaml epochs.x=2 epochs=$N\n", "a.sh")
+    assert "leads to no section of tt.yaml" in notes_of(found)["epochs.x"]
+    assert notes_of(found)["epochs"] == "$N: a variable of the shell"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("axolotl train none.yml --learning-rate 1e-4", "none.yml: is not here, and holds the settings"),
+        ("axolotl train $CONFIG --learning-rate 1e-4", "a YAML file of Axolotl.*: convert that YAML"),
+        ("accelerate launch -m axolotl.cli.train --num_epochs 2", "a YAML file of Axolotl"),
+        ("llamafactory-cli train $A/lf.yaml learning_rate=1e-5", "a YAML file of LLaMA-Factory"),
+        ("tune run full_finetune --config $CONFIG epochs=2", "a YAML file of torchtune"),
+        ("tune run full_finetune --config llama3_1/8B_full epochs=2", "tune cp llama3_1/8B_full config.yaml"),
+        ("tune run lora_dpo_single_device --config tt.yaml", "`lora_dpo_single_device`: it is another task"),
         ("trl dpo --model_name_or_path m", "`dpo`: it is another task than `sft`"),
         ("python examples/scripts/sft_diffusion_gemma.py --output_dir o", "another task"),
         ("python examples/scripts/sft_gemma3.py", "convert the script that it starts"),
@@ -465,7 +523,7 @@ def test_an_entry_that_does_not_say_where_the_data_is_is_left_out_and_named():
 def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, monkeypatch):
     known = {
         "a": {"hf_hub_url": "own/set", "subset": "easy", "num_samples": 50, "columns": {"prompt": "q", "images": "i"}},
-        "b": {"hf_hub_url": "own/chats", "split": "sft", "tags": {"role_tag": "who"}},
+        "b": {"hf_hub_url": "own/chats", "split": "sft", "formatting": "sharegpt", "tags": {"role_tag": "who"}},
         "c": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}},
     }
     (tmp_path / "data").mkdir()
@@ -476,7 +534,7 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     found = convert_file(Path("a.yaml"))
     assert found.tree["data"]["train"] == [
         {"path": "own/set", "name": "easy", "split": "train", "count": 50, "columns": {"instruction": "q"}},
-        {"path": "own/chats", "split": "sft"},
+        {"path": "own/chats", "split": "sft", "columns": {"messages": "conversations"}},
     ]
     said = [why for key, why in found.notes if key == "dataset"]
     assert "only text is trained" in said[0] and "messages have who: rename them" in said[1]
@@ -485,11 +543,99 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
 
 
-def test_a_data_set_of_llama_factory_keeps_its_folder(tmp_path):
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"hf_hub_url": "own/code", "folder": "python"}}))
-    found = converted(tmp_path, {"stage": "sft", "dataset": "a", "dataset_dir": str(tmp_path)})
-    assert found.tree["data"]["train"] == [{"path": "hf://datasets/own/code/python", "split": "train"}]
-    assert "dataset_dir" not in notes_of(found)
+@pytest.mark.parametrize(
+    ("files", "named", "split"),
+    [
+        (["part1.jsonl"], None, None),
+        (["part1.jsonl"], "train", None),
+        (["train.jsonl", "test.jsonl"], None, "train"),
+        (["train/1.jsonl", "test/1.jsonl"], "test", "test"),
+        ([], None, None),
+        ([], "train", "train"),
+    ],
+)
+@pytest.mark.parametrize("peer", ["TRL", "Axolotl", "torchtune"])
+def test_a_folder_whose_files_name_no_split_is_read_whole(tmp_path, peer, files, named, split):
+    for name in files:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text('{"text": "a"}\n')
+    path = "./mine"
+    content = {
+        "TRL": {"output_dir": "o", "dataset_name": path, "dataset_train_split": named},
+        "Axolotl": {"base_model": "m", "datasets": [{"path": path, "type": "sharegpt", "split": named}]},
+        "torchtune": {**TORCHTUNE, "dataset": {**TORCHTUNE["dataset"], "source": path}},
+    }[peer]
+    if peer == "torchtune" and named is not None:
+        content["dataset"]["split"] = named
+    (source,) = converted(tmp_path, content).tree["data"]["train"]
+    assert source == {"path": path, **({"split": split} if split else {})}
+    if files:
+        assert find_tables(Source(**{**source, "path": str(tmp_path / "mine")}))
+
+
+def of_entry(tmp_path, entry, stage="sft"):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": entry}))
+    return converted(tmp_path, {"stage": stage, "dataset": "a", "dataset_dir": str(tmp_path)})
+
+
+OF_ALPACA = {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        ({"hf_hub_url": "own/code", "folder": "python"}, {"path": "hf://datasets/own/code/python", "split": "train"}),
+        (
+            {"hf_hub_url": "own/code", "folder": "python", "revision": "v2"},
+            {"path": "hf://datasets/own/code@v2/python", "split": "train"},
+        ),
+        ({"hf_hub_url": "own/code", "revision": "v2"}, {"path": "own/code", "split": "train", "revision": "v2"}),
+        ({"file_name": "/b.json", "split": "train", "subset": "x"}, {"path": "/b.json"}),
+    ],
+)
+def test_a_data_set_of_llama_factory_keeps_its_folder_and_revision(tmp_path, entry, place):
+    found = of_entry(tmp_path, entry)
+    assert found.tree["data"]["train"] == [{**place, "columns": OF_ALPACA}]
+    assert not {"dataset", "dataset_dir"} & notes_of(found).keys()
+
+
+SHAREGPT = {"formatting": "sharegpt"}
+TURNS = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({}, ["Q\n\nMORE", "A"]),
+        ({"columns": {"prompt": "instruction", "response": "output"}}, ["Q", "A"]),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, ["Q\n\nMORE", "A"]),
+        ({"columns": {"prompt": "instruction", "response": "output", "system": "system"}}, ["SYS", "Q", "A"]),
+        ({"columns": {"prompt": "instruction", "response": "output", "history": "history"}}, ["a", "b", "Q", "A"]),
+        (SHAREGPT, ["Q", "A"]),
+        ({**SHAREGPT, "columns": {"messages": "conversations"}}, ["Q", "A"]),
+        ({**SHAREGPT, "columns": {"messages": "conversations", "system": "system"}}, ["SYS", "Q", "A"]),
+    ],
+)
+def test_of_a_data_set_only_the_columns_that_llama_factory_reads_are_trained(tmp_path, entry, said):
+    row = {"system": "SYS", "instruction": "Q", "input": "MORE", "output": "A", "history": [["a", "b"]]}
+    row = {"system": "SYS", "conversations": TURNS} if "formatting" in entry else row
+    (tmp_path / "b.json").write_text(json.dumps([row]))
+    found = of_entry(tmp_path, {"file_name": "b.json", **entry})
+    (example,) = OpenSource(Source(**found.tree["data"]["train"][0])).examples()
+    assert [message.content for message in example.messages] == said
+
+
+@pytest.mark.parametrize("named", [{}, {"columns": {"prompt": "instruction", "query": "input"}}])
+def test_a_text_of_llama_factory_is_its_column_of_the_prompt(tmp_path, named):
+    (source,) = of_entry(tmp_path, {"hf_hub_url": "own/texts", **named}, "pt").tree["data"]["train"]
+    assert source["columns"] == {"text": "instruction"}
+
+
+@pytest.mark.parametrize("entry", [{"ranking": True}, {"columns": {"prompt": "q", "response": "a", "kto_tag": "t"}}])
+def test_preferences_of_llama_factory_are_left_out_as_there(tmp_path, entry):
+    found = of_entry(tmp_path, {"file_name": "b.json", **entry})
+    assert "data.train" in found.missing
+    assert "chosen and rejected" in notes_of(found)["dataset"]
 
 
 @pytest.mark.parametrize("entry", [{"script_url": "s"}, {"cloud_file_name": "s"}, "mine.json", None])
@@ -497,7 +643,7 @@ def test_an_entry_of_llama_factory_without_a_place_is_named(tmp_path, entry):
     known = {"a": entry, "b": {"file_name": "b.json"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(known))
     found = converted(tmp_path, {"stage": "sft", "dataset": "a,b", "dataset_dir": str(tmp_path)})
-    assert found.tree["data"]["train"] == [{"path": str(tmp_path / "b.json")}]
+    assert found.tree["data"]["train"] == [{"path": str(tmp_path / "b.json"), "columns": OF_ALPACA}]
     assert notes_of(found)["dataset"].startswith("'a': its entry has neither")
     (tmp_path / "dataset_info.json").write_text("[1]")
     with pytest.raises(ConfigError, match="holds list, not data sets"):
@@ -690,6 +836,23 @@ def test_the_last_share_of_the_rate_that_runs_instead_is_that_of_the_file(peer, 
     assert "it is cosine here, down to 0.1 of the rate" in notes_of(found)["lr_scheduler_type"]
 
 
+@pytest.mark.parametrize(
+    ("peer", "given", "ratio"),
+    [
+        ("TRL", {"learning_rate": 1e-5}, 0.1),
+        ("TRL", {}, 0.05),  # of 2e-5
+        ("LLaMA-Factory", {"learning_rate": 1e-4}, 0.01),
+        ("Axolotl", {"lr": 1e-4}, 0.01),
+    ],
+)
+def test_a_last_rate_is_a_share_of_the_peak(peer, given, ratio):
+    found = of(peer, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6}, **given)
+    assert found.tree["optimizer"]["min_lr_ratio"] == pytest.approx(ratio)
+    assert "lr_scheduler_kwargs" not in notes_of(found)
+    odd = of(peer, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": "x"}, **given)
+    assert "is not a value that can be carried over" in notes_of(odd)["lr_scheduler_kwargs"]
+
+
 @pytest.mark.parametrize("switch", ["relora", "use_qalora"])
 def test_settings_of_a_variant_of_lora_say_nothing_without_its_switch(switch):
     settings = {"relora_steps": 150, "relora_prune_ratio": 0.9, "qalora_group_size": 16}
@@ -722,17 +885,35 @@ def test_the_size_of_an_update_of_muon_under_fsdp_is_named(key):
         {"eva_config": {"rho": 2}},
         {"optim": "lion_8bit"},
         {"load_in_4bit": True},
+        {"unfrozen_parameters": ["^lm_head.weight$"]},
+        {"adapter_name_or_path": "saves/x"},
+        {"lora_model_dir": "saves/x", "use_peft": True},
+        {"exclude_modules": ["lm_head"]},
+        {"layers_to_transform": [1]},
+        {"peft_layers_to_transform": [1]},
+        {"load_best_model_at_end": True},
+        {"early_stopping_patience": 3},
+        {"early_stopping_steps": 3},
+        {"interleave_probs": "0.5,0.5"},
+        {"embedding_learning_rate": 1e-5},
+        {"lr_groups": [{"name": "head"}]},
     ],
 )
 def test_what_changes_the_training_comes_first(settings):
     found = of("TRL", do_train=True, save_strategy="best", **settings)
     lines = found.text("x").splitlines()
     first = next(
-        at for at, line in enumerate(lines) if line == "# Not offered, so that something else is trained than there:"
+        at
+        for at, line in enumerate(lines)
+        if line == "# Not carried over, so that something else is trained than there:"
     )
     key = "quantization" if "load_in_4bit" in settings else next(iter(settings))
     assert lines[first + 1].startswith(f"#   {key}: ") and lines[first + 2] == "# Not carried over, or not as it was:"
     assert [name for name, _ in found.unoffered] == [key]
+
+
+def test_what_is_to_be_set_by_hand_is_known_to_have_a_key_here():
+    assert COUNTERPARTS.keys() >= CHANGES_IF_LEFT_OUT and not CHANGES_IF_LEFT_OUT & {*NO_COUNTERPART, *DIRECT}
 
 
 def test_another_epsilon_needs_action_and_the_same_one_none():
@@ -767,6 +948,28 @@ def test_methods_and_images_that_are_not_offered_change_the_training():
 def test_a_template_in_the_file_is_to_be_written_to_one():
     found = of("TRL", chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}")
     assert "chat_template" not in found.tree["data"] and ".jinja" in notes_of(found)["chat_template"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"tokens": ["<my_tool>"]}, "tokens"),
+        ({"add_tokens": "<my_tool>"}, "add_tokens"),
+        ({"add_special_tokens": "<my_tool>"}, "add_special_tokens"),
+        ({"new_special_tokens": "<my_tool>"}, "new_special_tokens"),
+        ({"added_tokens_overrides": {128041: "<my_tool>"}}, "added_tokens_overrides"),
+        (
+            {"special_tokens": {"additional_special_tokens": ["<my_tool>"], "eos_token": "</s>"}},
+            "special_tokens.additional_special_tokens",
+        ),
+    ],
+)
+def test_tokens_of_the_data_are_not_added_and_that_is_said_before_what_needs_no_action(settings, key):
+    found = of("Axolotl", eos_token="</s>", **settings)
+    assert "their text is read as ordinary tokens: add them to the model's folder" in notes_of(found)[key]
+    keys = [each for each, _ in found.notes]
+    assert keys.index(key) < keys.index("eos_token") and "special_tokens" not in keys
+    assert notes_of(of("Axolotl", special_tokens={"pad_token": "x"}))["special_tokens"].endswith("nothing to set")
 
 
 def test_trackers_by_their_own_keys():
@@ -865,6 +1068,15 @@ def test_an_adapter_of_torchtune_on_no_layer_is_named(tmp_path):
     found = converted(tmp_path, {**TORCHTUNE, "model": {"_component_": "x.lora_llama3", "lora_attn_modules": []}})
     assert "target_modules" not in found.tree["adapter"] and "names no layer" in notes_of(found)["lora_attn_modules"]
     config.build(found.tree, "converted")
+
+
+@pytest.mark.parametrize(
+    ("named", "own"), [({}, (8, 16.0)), ({"lora_rank": 32}, (32, 16.0)), ({"lora_alpha": 4}, (8, 4.0))]
+)
+def test_an_adapter_of_torchtune_has_the_rank_of_its_builders_unless_told(tmp_path, named, own):
+    model = {"_component_": "torchtune.models.llama3_1.lora_llama3_1_8b", "lora_attn_modules": ["q_proj"]}
+    adapter = converted(tmp_path, {**TORCHTUNE, "model": {**model, **named}}).tree["adapter"]
+    assert (adapter["rank"], adapter["alpha"]) == own
 
 
 def test_a_model_of_torchtune_that_sees_is_named(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 from preceptor.api.values import refuse_iterable
 from preceptor.config.convert import known_settings
 from preceptor.config.peer_defaults import DEFAULTS, NAMES
+from preceptor.config.peer_training import OF_SCHEDULES
 from preceptor.config.peer_without import NO_COUNTERPART
 from preceptor.config.sections import nearest
 from preceptor.data.formats.rows import has_format
@@ -28,7 +29,6 @@ _OF_NO_EFFECT = (
     "inference_mode",
 )
 _MEASURED = {"loss": "loss", "mean_token_accuracy": "token_accuracy"}  # of held-out examples
-_OF_SCHEDULES = {"min_lr", "min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"}
 _EPSILON = 1e-8  # of AdamW
 _CONVERSATIONS = ("prompt", "messages", "conversations")  # which TRL looks for before it looks for a text
 _OFF = """
@@ -127,24 +127,18 @@ def arguments_of(args: Any) -> dict[str, Any]:
     return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu, **off, **plain}
 
 
-def carried(settings: Mapping[str, Any], learning_rate: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def carried(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings with what a run has under another name, and the section `checkpoint` of `load_best_model_at_end`.
 
-    learning_rate: where none is given. Raises ConfigError for what would change the training and is not offered.
+    Raises ConfigError for what would change the training and is not offered.
     """
     found, checkpoint = dict(settings), {}
     if (epsilon := found.pop("adam_epsilon", None)) not in (None, _EPSILON):
         raise ConfigError(f"adam_epsilon: {short(epsilon)} is not offered: AdamW's epsilon is {_EPSILON:g}; remove it")
     arguments = found.get("lr_scheduler_kwargs")
-    if isinstance(arguments, Mapping):
-        if unknown := sorted(arguments.keys() - _OF_SCHEDULES):
-            raise ConfigError(
-                f"lr_scheduler_kwargs: {', '.join(unknown)} is not offered, of any schedule: {', '.join(_OF_SCHEDULES)}"
-            )
-        arguments = dict(arguments)
-        if (lowest := arguments.pop("min_lr", None)) is not None:
-            arguments["min_lr_rate"] = lowest / float(found.get("learning_rate") or learning_rate)
-        found["lr_scheduler_kwargs"] = arguments
+    if isinstance(arguments, Mapping) and (unknown := sorted(arguments.keys() - OF_SCHEDULES)):
+        offered = ", ".join(sorted(OF_SCHEDULES))
+        raise ConfigError(f"lr_scheduler_kwargs: {', '.join(unknown)} is not offered, of any schedule: {offered}")
     if found.pop("load_best_model_at_end", None):
         name = str(found.pop("metric_for_best_model", None) or "loss").removeprefix("eval_")
         if name not in _MEASURED:

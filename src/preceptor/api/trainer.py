@@ -19,7 +19,7 @@ from preceptor.api.results import TrainResult, held_out_figures, log_history
 from preceptor.api.run import Run
 from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import convert
-from preceptor.config.peer_defaults import ARGUMENTS, DEFAULTS
+from preceptor.config.peer_defaults import ARGUMENTS
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_TRAINER
 from preceptor.console import say
@@ -113,7 +113,7 @@ class SFTTrainer:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
-        settings, checkpoint = carried(settings, {**DEFAULTS["TRL"], **defaults}["learning_rate"])
+        settings, checkpoint = carried(settings)
         data, field, notes = {}, settings.pop("dataset_text_field", None), []
         for key, given in (("train", self.train_dataset), ("eval", self.eval_dataset)):
             if given is not None:
@@ -128,7 +128,8 @@ class SFTTrainer:
         tree["data"] |= data
         tree["checkpoint"] = {**tree.get("checkpoint", {}), **checkpoint}
         if is_named:
-            _require_own(self._tokenizer, name)
+            loading = tree["model"]
+            _require_own(self._tokenizer, name, loading.get("trust_remote_code", False), loading.get("revision"))
         else:
             tree["model"]["path"] = self._given
             tree["model"].pop("dtype", None)  # it has its own
@@ -305,11 +306,11 @@ class SFTTrainer:
         return tuple(self.processing_class(text, add_special_tokens=False)["input_ids"])
 
 
-def _require_own(tokenizer: Any, model: str) -> None:
+def _require_own(tokenizer: Any, model: str, trust_remote_code: bool, revision: str | None) -> None:
     """Raises ConfigError for a tokenizer that reads text otherwise than the model's own. Padding is not looked at."""
     if tokenizer is None:
         return
-    own = load_tokenizer(model)
+    own = load_tokenizer(model, trust_remote_code, revision)
     given = getattr(tokenizer, "tokenizer", tokenizer)
     other = ["vocabulary"] if own.get_vocab() != given.get_vocab() else []
     other += ["chat template"] if own.chat_template != given.chat_template else []

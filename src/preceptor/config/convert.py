@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from preceptor.config import torchtune, unsloth
-from preceptor.config.peer_data import data_section
+from preceptor.config.peer_data import OF_ALPACA, data_section
 from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SPEAKS, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
-from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_names import CHANGES_IF_LEFT_OUT, COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
 from preceptor.config.peer_training import set_adapter, set_moments, set_optimizer, set_training, trains_adapter
 from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
@@ -22,7 +22,6 @@ from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
 _NO_CLIPPING = 1e9
-_OF_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}  # what LLaMA-Factory reads of a row
 _SPREAD = ("deepspeed", "fsdp", "fsdp_config")
 _TRACKER_KEYS = {
     "wandb": ("use_wandb", "wandb_project"),
@@ -50,7 +49,7 @@ def settings_of(path: Path) -> Mapping[str, Any]:
         names = settings.get("dataset")
         name = str(names[0] if isinstance(names, list) and names else names).split(",")[0].strip()
         entry = dataset_info(settings, path.parent).get(name, {"columns": None})
-        settings |= {"formatting": entry.get("formatting"), "columns": entry.get("columns", _OF_ALPACA)}
+        settings |= {"formatting": entry.get("formatting"), "columns": entry.get("columns", OF_ALPACA)}
     return settings
 
 
@@ -180,6 +179,10 @@ def _set_trackers(given: Conversion) -> None:
 
 def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
     """Keys that nothing has read, with the reason; those that are off say nothing."""
+    special, more = given.settings.get("special_tokens"), "additional_special_tokens"  # of Axolotl, one in the other
+    if isinstance(special, Mapping) and special.get(more):
+        given.used.add("special_tokens")
+        given.note(f"special_tokens.{more}", f"{short(special[more])}: {NO_COUNTERPART[more]}")
     for key, value in given.settings.items():
         own = str(value).lower()
         if (said := SPEAKS.get(f"{key}={own}")) is not None:
@@ -192,7 +195,8 @@ def _note_rest(given: Conversion, unread: Sequence[str]) -> None:
             given.note(key, NO_COUNTERPART[key])
         else:
             what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
-            given.note(key, f"{public(key, value)}: {what}")
+            say = given.not_offered if key in CHANGES_IF_LEFT_OUT else given.note
+            say(key, f"{public(key, value)}: {what}")
     for sentence in unread:
         key, _, why = sentence.partition(": ")
         given.note(key, why)

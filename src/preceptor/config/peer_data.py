@@ -26,7 +26,9 @@ _SAME = {"id": "path", "source": "path", "config": "name", "subset": "name"}
 _OF_TEXT = ("completion", "pretrain")
 _MESSAGE_KEYS = ("role", "content", "from", "value")
 _OF_PROMPTS = {f"field_{name}": name for name in ("system", "instruction", "input", "output")}
-_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+OF_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
+"""What LLaMA-Factory reads of an example, by its names, where the entry of the data set says nothing."""
+_COLUMNS = {**OF_ALPACA, **{part: part for part in ("history", "system", "tools", "messages")}}
 _IMAGES = {"images", "videos", "audios"}
 _READERS = ("json", "csv", "parquet", "text", "arrow", "webdataset")  # of `load_dataset`, and no data sets
 _PLAIN = re.compile(r"[\w.-]+")  # the name of a split, and no part of one
@@ -128,7 +130,7 @@ def _entries(given: Conversion) -> tuple[Any, Any]:
         train, held_out = given.value("train_dataset", "datasets"), given.value("eval_dataset")
         if train is None and (name := given.value("dataset_name")) is not None:
             found = {"path": name, "name": given.value("dataset_config")}
-            train = {**found, "split": given.value("dataset_train_split") or "train"}
+            train = {**found, "split": given.value("dataset_train_split")}
             if given.on("eval_strategy", "evaluation_strategy") and held_out is None:
                 held_out = {**found, "split": given.value("dataset_test_split") or "test"}
         return train, held_out
@@ -208,7 +210,8 @@ def _place(given: Conversion, key: str, values: dict[str, Any], folder: Path) ->
             values.pop("split", None)
     found: dict[str, Any] = {"path": str(path)}
     if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
-        found["split"] = str(values.pop("split", "train"))
+        if (split := _split(str(path), values.pop("split", None), folder)) is not None:
+            found["split"] = split
     elif values.get("split") == "train":  # all that a file has
         values.pop("split")
     if "name" in values and files is None:
@@ -216,6 +219,17 @@ def _place(given: Conversion, key: str, values: dict[str, Any], folder: Path) ->
     found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
     values.pop("weight", None)
     return found
+
+
+def _split(path: str, named: Any, folder: Path) -> str | None:
+    """Where none is named, `train`; of a folder that has no such file, all files, of which there `train` is made."""
+    if not _is_local(path, folder):
+        return str(named or "train")
+    places = [root / path for root in (folder, Path()) if (root / path).is_dir()]
+    has_train = any(True for place in places for _ in place.rglob("*train*"))
+    if named in (None, "train") and not has_train:
+        return "train" if named and not places else None
+    return str(named or "train")
 
 
 def _is_local(path: str, folder: Path) -> bool:
@@ -278,26 +292,43 @@ def _set_named_data(given: Conversion, folder: Path, key: str, ours: str) -> Non
             why = "its entry has neither hf_hub_url nor file_name: name its file or Hub id in data"
             given.note(key, f"{str(name).strip()!r}: {why}")
             continue
-        path = entry.get("hf_hub_url") or str(Path(entry["info_folder"]) / str(entry["file_name"]))
-        if (part := entry.get("folder")) and "hf_hub_url" in entry:
-            path = f"hf://datasets/{path}/{part}"
-        ours_of = {"prompt": "text"} if given.settings.get("stage") == "pt" else _COLUMNS
-        named = entry.get("columns") or {}
-        columns = {ours_of.get(part, part): column for part, column in named.items() if part not in _IMAGES}
-        if seen := sorted(_IMAGES & named.keys()):
-            given.not_offered(key, f"{', '.join(seen)} of {str(name).strip()!r}: {OF_IMAGES}")
-        tags = set((entry.get("tags") or {}).values()) - {*_MESSAGE_KEYS, *_ROLES, "function_call"}
-        if tags:
-            given.note(key, f"{str(name).strip()!r}: messages have {', '.join(sorted(tags))}: rename them")
-        renamed = any(part != column for part, column in columns.items() if part != "messages")
-        messages = columns.get("messages", "messages") not in ("messages", "conversations")
-        own = {"name": entry.get("subset"), "split": entry.get("split"), "count": entry.get("num_samples")}
-        if "hf_hub_url" in entry:
-            own["split"] = entry.get("split") or "train"
-        own["columns"] = columns if renamed or messages else None
-        sources.append({"path": path, **{part: value for part, value in own.items() if value is not None}})
+        if entry.get("ranking") or (entry.get("columns") or {}).get("kto_tag"):
+            why = "its answers are chosen and rejected ones, of which LLaMA-Factory trains none by stage: sft; left out"
+            given.note(key, f"{str(name).strip()!r}: {why}")
+            continue
+        sources.append({**_place_of(given, key, name, entry), **_columns_of(given, key, name, entry)})
     if sources:
         given.set(ours, sources)
+
+
+def _place_of(given: Conversion, key: str, name: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the data of an entry of dataset_info.json is, and which of it."""
+    path, split, revision = entry.get("hf_hub_url"), entry.get("split"), entry.get("revision")
+    found = {"path": path, "name": entry.get("subset"), "split": split or "train", "revision": revision}
+    if not path:
+        found = {"path": str(Path(entry["info_folder"]) / str(entry["file_name"]))}
+        if split not in (None, "train"):
+            given.note(key, f"{str(name).strip()!r}: split: {short(split)}: {_OF_SOURCES['split']}")
+    elif folder := entry.get("folder"):
+        at = f"@{revision}" if revision else ""
+        found |= {"path": f"hf://datasets/{path}{at}/{folder}", "revision": None}
+    found["count"] = entry.get("num_samples")
+    return {part: value for part, value in found.items() if value is not None}
+
+
+def _columns_of(given: Conversion, key: str, name: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that LLaMA-Factory reads of it: those that the entry names, or its own; it reads no others."""
+    is_text, is_alpaca = given.settings.get("stage") == "pt", entry.get("formatting") in (None, "alpaca")
+    own = {"prompt": "instruction"} if is_text else OF_ALPACA if is_alpaca else {"messages": "conversations"}
+    named = entry.get("columns", own) or {}
+    if seen := sorted(_IMAGES & named.keys()):
+        given.not_offered(key, f"{', '.join(seen)} of {str(name).strip()!r}: {OF_IMAGES}")
+    tags = set((entry.get("tags") or {}).values()) - {*_MESSAGE_KEYS, *_ROLES, "function_call"}
+    if tags:
+        given.note(key, f"{str(name).strip()!r}: messages have {', '.join(sorted(tags))}: rename them")
+    read = {"prompt": "text"} if is_text else _COLUMNS
+    columns = {read[part]: column for part, column in named.items() if part in read and column is not None}
+    return {"columns": columns} if columns else {}
 
 
 def long_examples(given: Conversion, packed: bool, texts: bool) -> dict[str, Any]:

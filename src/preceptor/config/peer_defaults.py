@@ -1,5 +1,6 @@
 """What other trainers take where a key is absent, and what their keys and values become in a run file."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -82,6 +83,8 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
         "weight_decay": 0.01,
         "max_grad_norm": 0,
         "save_strategy": "epoch",
+        "lora_r": 8,
+        "lora_alpha": 16,
     },
 }
 """Values where the file has no key. A key counts as given where one of its other names (`NAMES`) is."""
@@ -147,7 +150,7 @@ warmup_stable_decay wsd: wsd
 
 def optimizer_name(theirs: str) -> str | None:
     """Our name of their optimizer; None where there is none like it."""
-    name = theirs.lower().rpartition(".")[2].removeprefix("paged").removeprefix("_")
+    name = re.sub(r"^(paged_?|ao_|optimi_)", "", theirs.lower().rpartition(".")[2])
     if name.startswith("adamw"):
-        return None if "4bit" in name else "adamw_8bit" if "8bit" in name else "adamw"
+        return "adamw_8bit" if re.search("[48]bit|fp8", name) else "adamw"
     return name if name in ("muon", "adafactor", "sgd") else None

@@ -15,7 +15,7 @@ from preceptor.config.peer_kinds import OTHER_FILES, is_another_task, refuse_oth
 from preceptor.config.peer_script import read_script
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import OF_IMAGES
-from preceptor.config.python_source import SECRET
+from preceptor.config.python_source import SECRET, public
 from preceptor.config.yaml_text import NumberLoader
 from preceptor.errors import ConfigError
 
@@ -35,7 +35,7 @@ _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
 _WORD = r"""(?:\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`|\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^\s;&|<>()])+"""
 _SHELL = re.compile(rf"\d*(?:&>>?|>>?[&|]?|<<?<?&?)[ \t]*(?:{_WORD})?|(?P<end>[;&|\n()]+)|(?P<word>{_WORD})", re.DOTALL)
 """A redirection with its file, the end of a command, a word."""
-_CLIS = ("trl", "llamafactory-cli", "trl.cli", "llamafactory.cli")  # a task follows
+_CLIS = ("trl", "llamafactory-cli", "axolotl", "trl.cli", "llamafactory.cli")  # a task follows
 _RUNS_MODULES = re.compile(r"\W*(python|torchrun|accelerate|uv$)[^=]*", re.IGNORECASE)
 _NOT_STARTED = re.compile(
     r"(torch\.distributed|accelerate|deepspeed)(\.|$)|(trl|llamafactory)(\.cli)?$|(cProfile|debugpy|pdb|pip|venv)$"
@@ -46,6 +46,8 @@ _DECLARES = ("declare", "export", "local", "readonly", "typeset")
 _OPENS, _GOES_ON, _CLOSES = ("if", "for", "while", "until", "case"), ("then", "else", "do"), ("fi", "done", "esac")
 _MODELS = frozenset({"model_name_or_path", "model_name", "model_id", "model", "config"})
 """Flags of which a command that trains has one."""
+_OF_FILES: Mapping[str, Peer] = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "tune": "torchtune"}
+"""Programs that take their settings from a file."""
 
 
 def read_peer_file(path: Path) -> PeerFile:
@@ -167,7 +169,9 @@ def _split(value: str) -> list[str]:
 
 
 def _launched(words: Sequence[str]) -> int:
-    """Where a command names the script, the module or the task that it starts; -1 where it does not."""
+    """Where a command names the script, the module, the task or the recipe that it starts; -1 where it does not."""
+    if (recipe := _recipe(words)) > 0:
+        return recipe
     for at, word in enumerate(words if words and not words[0].startswith("--") else ()):
         before = Path(words[at - 1]).name if at else ""
         is_module = before == "-m" and any(_RUNS_MODULES.fullmatch(Path(each).name) for each in words[: at - 1])
@@ -175,6 +179,19 @@ def _launched(words: Sequence[str]) -> int:
         if word.endswith(".py") or is_task or (is_module and not _NOT_STARTED.match(word)):
             return at
     return -1
+
+
+def _recipe(words: Sequence[str]) -> int:
+    """Where `tune run [--nproc_per_node N] RECIPE --config FILE` names its recipe; -1 in other commands."""
+    is_tune = ("tune", "run") in itertools.pairwise(Path(word).name for word in words)
+    return next((at - 1 for at, word in enumerate(words) if is_tune and re.match("--config(=|$)", word)), -1)
+
+
+def _program(words: Sequence[str], launched: int) -> str:
+    """The one of `_OF_FILES` that a command starts, by itself or as a module; "" for others."""
+    near = [] if launched < 0 else ["tune"] if _recipe(words) > 0 else words[max(launched - 1, 0) : launched + 1]
+    names = (Path(word).name.partition(".")[0].removesuffix("-cli") for word in near)
+    return next((name for name in names if name in _OF_FILES), "")
 
 
 def _name(words: Sequence[str]) -> str:
@@ -221,7 +238,7 @@ def _of_training(path: Path, commands: list[list[str]], unread: list[str]) -> tu
 
 
 def _command(path: Path, text: str) -> PeerFile:
-    """`--key value` of a shell command; a key without a value is true."""
+    """`--key value` of a shell command; a key without a value is true. Then the file of settings that it names."""
     unread: list[str] = []
     words, launched = _of_training(path, _commands(path, text, unread), unread)
     if launched >= 0:
@@ -229,10 +246,15 @@ def _command(path: Path, text: str) -> PeerFile:
         if "vlm" in words[launched]:
             unread.append(f"{Path(words[launched]).name}: {OF_IMAGES}")
     before = [word for last, word in itertools.pairwise(["", *words[: max(launched, 0)]]) if "-m" not in (last, word)]
-    for word in itertools.takewhile(lambda word: not word.startswith("--"), words[launched + 1 :]):
-        if word.startswith("$"):
-            unread.append(f"{word}: a variable of the shell")
-    launcher, settings = _flags(before, []), _flags(words[launched + 1 :], unread)
+    rest, program = words[launched + 1 :], _program(words, launched)
+    if program and "--" in rest:  # the launcher's flags follow
+        rest, before = rest[: rest.index("--")], [*before, *rest[rest.index("--") + 1 :]]
+    if program in ("llamafactory", "tune"):
+        rest = [f"--{word}" if re.match(r"~|[\w.]+=", word) else word for word in rest]
+    named = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+    unread += [f"{word}: a variable of the shell" for word in named if re.match(r"\$|.*\$.*\.ya?ml$", word)]
+    launcher, settings = _flags(before, []), _flags(rest, unread)
+    place = _place(path, program, settings, named)
     nodes = launcher.get("nnodes", launcher.get("num_nodes", 1))  # of torchrun, deepspeed; accelerate says the whole
     on_each = launcher.get("nproc_per_node", launcher.get("num_gpus"))
     processes = launcher.get("num_processes")
@@ -240,17 +262,58 @@ def _command(path: Path, text: str) -> PeerFile:
         processes = on_each * (nodes if isinstance(nodes, int) else 1)
     if isinstance(processes, int):
         settings["num_processes"] = processes
-    peer: Peer = "LLaMA-Factory" if settings.keys() & _SIGNS[2][1] else "TRL"
-    place = settings.get("config")
-    if isinstance(place, str) and place.endswith((".yaml", ".yml", ".json")):  # what the command says counts
-        if (file := _beside(Path(place), path.parent)) is None:
-            raise ConfigError(f"{path}: {place}: is not here, and holds the settings; convert the command beside it")
-        inner = _read(file)
-        peer, settings = inner.peer, {**inner.settings, **settings}
-        del settings["config"]
+    if place is not None:
+        return _with_file(path, place, settings, unread)
     if not settings and not (unread and words):
         raise ConfigError(f"{path}: no setting stands in this command; convert the script that it starts")
-    return PeerFile(peer, settings, unread)
+    of_factory = program == "llamafactory" or settings.keys() & _SIGNS[2][1]
+    return PeerFile("LLaMA-Factory" if of_factory else "TRL", settings, unread)
+
+
+def _place(path: Path, program: str, settings: dict[str, Any], named: Sequence[str]) -> Path | None:
+    """The file of settings that a command names by `--config`, which goes out of the settings, or by itself.
+
+    Raises ConfigError where it is not here, and for a program that needs one and names none.
+    """
+    config, ends = settings.get("config"), (".yaml", ".yml", ".json")
+    if isinstance(config, str) and config.endswith(ends):
+        del settings["config"]
+    else:
+        config = next((word for word in named if word.endswith(ends if program else ends[:2])), config)
+    if isinstance(config, str) and config.endswith(ends) and "$" not in config:
+        if (file := _beside(Path(config), path.parent)) is None:
+            raise ConfigError(f"{path}: {config}: is not here, and holds the settings; convert the command beside it")
+        return file
+    if program == "tune" and isinstance(config, str):
+        raise ConfigError(
+            f"{path}: {config}: a config of torchtune's own, which is not here: `tune cp {config} config.yaml` makes a "
+            "file of it; convert the command with that"
+        )
+    if program in ("axolotl", "tune") or (program and (named or not settings)):
+        raise ConfigError(
+            f"{path}: the settings are in a YAML file of {_OF_FILES[program]}, whose name cannot be read in this "
+            "command: convert that YAML"
+        )
+    return None
+
+
+def _with_file(path: Path, place: Path, settings: Mapping[str, Any], unread: list[str]) -> PeerFile:
+    """The settings of a file with those of a command, which count. `section.key` is one in a section, `~key` none."""
+    file = _read(place)
+    for name, value in settings.items():
+        *sections, key = name.removeprefix("~").split(".")
+        inside: Any = file.settings
+        for section in sections:
+            inside = inside.setdefault(section, {}) if isinstance(inside, dict) else None
+        if not isinstance(inside, dict):
+            unread.append(f"{name}: {public(key, value)}: leads to no section of {place.name}: set it there")
+        elif name.startswith("~"):
+            inside.pop(key, None)
+        elif file.peer == "torchtune" and isinstance(own := inside.get(key), dict) and not isinstance(value, dict):
+            own["_component_"] = value
+        else:
+            inside[key] = value
+    return PeerFile(file.peer, file.settings, [*file.unread, *unread])
 
 
 def _flags(words: Sequence[str], unread: list[str]) -> dict[str, Any]:

@@ -107,6 +107,14 @@ full_finetuning: adapter: without this section all weights are trained
 }
 """Keys of other trainers -> the key here."""
 
+CHANGES_IF_LEFT_OUT = frozenset(
+    """unfrozen_parameters adapter_name_or_path lora_model_dir exclude_modules layers_to_transform
+    peft_layers_to_transform load_best_model_at_end early_stopping early_stopping_patience early_stopping_steps
+    interleave_probs embedding_lr embedding_learning_rate embedding_lr_scale loraplus_lr_embedding lr_groups
+    eta_min""".split()  # noqa: SIM905
+)
+"""Those of them that `preceptor convert` does not carry over, so that something else is trained until they are set."""
+
 INSTEAD_OF_SECTIONS: dict[str, str] = {
     "model": "write `model: {path: ...}`",
     "data": "write `data: {train: [{path: ...}]}`",

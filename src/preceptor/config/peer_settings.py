@@ -12,7 +12,7 @@ from preceptor.errors import short
 T = TypeVar("T")
 
 _HEADINGS = {
-    True: "# Not offered, so that something else is trained than there:",
+    True: "# Not carried over, so that something else is trained than there:",
     False: "# Not carried over, or not as it was:",
 }
 _OF_LOADING = {

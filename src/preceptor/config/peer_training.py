@@ -10,6 +10,8 @@ from preceptor.config.peer_settings import Conversion
 from preceptor.errors import short
 
 _MOST_WARMUP = 100  # of Axolotl, where the file says nothing
+OF_SCHEDULES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"})
+"""Keys of `lr_scheduler_kwargs` that are carried over."""
 _PATTERN = re.compile(r"[\\*+(\[|^$]")  # of a regular expression, in no name of a layer
 
 
@@ -140,9 +142,11 @@ def set_optimizer(given: Conversion) -> None:
     given.set("optimizer.warmup", _warmup(given, name))
     named = "muon" if given.on("use_muon") else given.value("optim", "optimizer")
     rule = "adamw" if named is None else optimizer_name(str(named))
+    key = "optim" if "optim" in given.settings else "optimizer"
+    if rule == "adamw_8bit" and "4bit" in str(named).lower():
+        given.note(key, f"{short(named)}: its states have 4 bits there, 8 bits here: adamw_8bit")
     if rule is None:
         why = f"{short(named)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-        key = "optim" if "optim" in given.settings else "optimizer"
         given.not_offered(key, why, "; it is adamw here, which needs another learning rate")
     given.set("optimizer.name", None if rule == "adamw" else rule)
     given.takes("adam_epsilon", 1e-8)  # as here
@@ -156,6 +160,10 @@ def _set_decay(given: Conversion, scheduler: str) -> None:
     kwargs = given.settings.get("lr_scheduler_kwargs")
     arguments: Mapping[str, Any] = kwargs if isinstance(kwargs, Mapping) else {}
     ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
+    if (lowest := arguments.get("min_lr")) is not None:
+        lowest = given.number("lr_scheduler_kwargs", lowest)
+        peak = given.number("learning_rate", given.value("learning_rate", "lr"))
+        ratio = lowest / peak if peak and lowest is not None else 0.0
     if scheduler == "constant":
         if given.settings.pop("cosine_min_lr_ratio", None) is not None:
             given.note("cosine_min_lr_ratio", "of a constant rate there is no last share: nothing to set")
@@ -166,7 +174,7 @@ def _set_decay(given: Conversion, scheduler: str) -> None:
             given.set("optimizer.decay", f"{steps} steps")
         if (form := arguments.get("decay_type", "cosine")) != "linear":
             given.note("lr_scheduler_type", f"at the end the rate falls by {form} there, linearly here")
-    if arguments and arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"}:
+    if arguments and arguments.keys() <= OF_SCHEDULES:
         given.used.add("lr_scheduler_kwargs")
 
 

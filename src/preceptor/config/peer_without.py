@@ -97,9 +97,11 @@ dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_work
 remove_unused_columns: columns that no format has are ignored: nothing to set
 train_on_eos: the token that ends a turn is always trained: nothing to set
 default_system default_system_message: a system prompt is part of the data: give each example a `system` key or message
-special_tokens additional_special_tokens add_special_tokens eos_token resize_vocab resize_token_embeddings_to_32x
-    trainable_token_indices tokens: the tokens that the chat template needs are added to the tokenizer and the model:
-    nothing to set
+special_tokens eos_token resize_vocab resize_token_embeddings_to_32x trainable_token_indices: the tokens that the chat
+    template needs are added to the tokenizer and the model: nothing to set
+tokens add_tokens added_tokens_overrides additional_special_tokens add_special_tokens new_special_tokens: tokens that
+    the chat template does not need are not added, so that their text is read as ordinary tokens: add them to the
+    model's folder, tokenizer and embedding
 model_type: the architecture is that of the model's folder: remove the key
 tokenizer_name tokenizer_config tokenizer_type tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common: the
     model's own tokenizer is used: remove the key

@@ -169,7 +169,7 @@ def _source(data: dict[str, Any], found: PeerFile, is_trained: bool) -> dict[str
         return None
     entry = {
         "path": source,
-        "split": data.pop("split", "train"),
+        "split": data.pop("split", None),
         "name": data.pop("name", None),
         "train_on_input": prompt,
     }
