@@ -153,6 +153,49 @@ def test_where_the_best_is_saved_its_figures_and_answers_are_judged_not_the_last
     assert last.headline.startswith("It memorised its training examples")
 
 
+def measured_on(lines, *sets):
+    return [line | {"measured_on": own} for line, own in zip(lines, sets, strict=True)]
+
+
+def test_losses_on_other_held_out_examples_are_no_course(tmp_path):
+    old, new = {"held_out": "x"}, {"held_out": "y"}
+    lines = measured_on(looks((0, 3.0), (10, 0.5), (15, 0.75), (20, 0.7)), old, old, new, new)
+    record = read_run(write_run(tmp_path / "a", eval=lines))
+    found = {finding.seen: finding.level for finding in judge(record).findings}
+    assert "The held-out loss fell by 6.7%: 0.750 after step 15, 0.700 after step 20. Token" in " ".join(found)
+    assert not any("Overfitting" in seen for seen in found), "0.5 is of other examples"
+    other = "2 evaluations had other held-out examples than the last one"
+    assert found[f"{other}: figures of the two cannot be compared, and these are left out."] == "note"
+    assert facts(record)["held-out loss, first and last"] == "0.7500, 0.7000"
+    assert facts(record)["lowest held-out loss"] == "0.7000 after step 20"
+    (drawn,) = [each for panel in panels([record], [""]) for each in panel.series if each.name == "held out"]
+    assert list(drawn.y) == [0.75, 0.7]
+    assert "held-out loss 0.700 after training" in "\n".join(_evaluation(record))
+    page_of_run(record)
+    same = judged(tmp_path / "b", eval=measured_on(looks((0, 3.0), (10, 0.5), (20, 0.7)), old, old, old))
+    assert "lowest after step 10 (0.500)" in str(same.findings) and "other held-out" not in str(same.findings)
+
+
+def test_of_a_model_from_before_the_held_out_examples_changed_its_own_count(tmp_path):
+    old, new = {"held_out": "x"}, {"held_out": "y"}
+    lines = measured_on(looks((0, 3.0), (10, 1.5), (20, 9.0)), old, old, new)
+    saved = {"num_steps": 20, "model_step": 10, "best": {"metric": "tasks/a", "value": 0.5, "step": 10}}
+    verdict = judged(tmp_path / "a", eval=lines, summary=saved)
+    assert verdict.headline.startswith("It learned")
+    assert "fell by 50%: 3.000 before the first step, 1.500 after step 10" in str(verdict.findings)
+
+
+def test_figures_of_other_items_of_a_task_are_no_course(tmp_path):
+    lines = measured_on(looks((0, 3.0), (10, 1.5), (20, 0.75)), {"held_out": "x", "t": "a"}, *[{"held_out": "x"}] * 2)
+    for line, value in zip(lines, (0.9, 0.2, 0.3), strict=True):
+        line["tasks"] = [{"task": "t", "figures": {"accuracy": {"value": value, "low": None, "high": None}}}]
+        line["measured_on"].setdefault("t", "b")
+    record = read_run(write_run(tmp_path / "a", eval=lines))
+    (panel,) = [panel for panel in panels([record], [""]) if panel.title == "Task t"]
+    assert list(panel.series[0].y) == [0.2, 0.3]
+    assert "1 evaluation had other items of t than the last one" in str(judge(record).findings)
+
+
 NOT_FINITE = [{"step": 20, "loss": None, "bits_per_byte": None, "token_accuracy": 0.0, "num_trained": 900}]
 
 

@@ -51,7 +51,7 @@ def lengths(run: RunRecord) -> Iterator[Panel]:
 
 def _loss(run: RunRecord) -> Panel:
     training = _smoothed(run, "loss", "training", "training")
-    held_x, held_y = _points(run.evaluations, "loss")
+    held_x, held_y = _points(run.held_out, "loss")
     ends = _intervals(run, held_y)
     held_out = [Series("held out", held_x, held_y, colour=2, marks=True, y_ends=ends)] if held_y else []
     note = "nats per trained token"
@@ -91,11 +91,18 @@ def _over_steps(
 
 
 def _over_evaluations(
-    runs: Sequence[RunRecord], names: Sequence[str], title: str, note: str, key: Any, factor: float = 1.0
+    runs: Sequence[RunRecord],
+    names: Sequence[str],
+    title: str,
+    note: str,
+    key: Any,
+    factor: float = 1.0,
+    task: str | None = None,
 ) -> Panel:
+    """task: None for figures of the held-out examples."""
     series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        x, y = _points(run.evaluations, key)
+        x, y = _points(run.held_out if task is None else run.of_task(task), key)
         ends = _intervals(run, y) if key == "loss" else []
         if y:
             label, y = title.lower() if len(runs) == 1 else name, [factor * value for value in y]
@@ -117,7 +124,7 @@ def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel]:
             tasks = evaluation.get("tasks", ())
             return next((own["figures"][figure]["value"] for own in tasks if own["task"] == task), None)
 
-        yield _over_evaluations(runs, names, f"Task {task}", figure, value)
+        yield _over_evaluations(runs, names, f"Task {task}", figure, value, task=task)
 
 
 def _points(lines: Sequence[JsonObject], key: Any) -> tuple[list[float], list[float]]:

@@ -60,6 +60,7 @@ def judge(run: RunRecord) -> Verdict:
         *_training_loss(run),
         *_not_finite(run),
         *_held_out(run),
+        *_left_out(run),
         *_gradients(run),
         *_answers(run),
         *_data(run),
@@ -178,7 +179,7 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
 
 def _not_finite(run: RunRecord) -> Iterator[Finding]:
     """Held-out losses that were NaN or infinite."""
-    broken = [each["step"] for each in run.held_out if each["loss"] is None]
+    broken = [each["step"] for each in run.all_held_out if each["loss"] is None]
     if broken:
         named = ", ".join(f"{step:,}" for step in broken[:_NAMED]) + (", ..." if len(broken) > _NAMED else "")
         where = "before the first step" if broken == [0] else f"after step {named}"
@@ -242,6 +243,17 @@ def _overfitting(run: RunRecord, last: JsonObject) -> Iterator[Finding]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
         epochs = "" if _has_few_steps(run) else ", fewer epochs"
         yield Finding("note", seen, f"More data{epochs} or an adapter of lower rank close that gap.")
+
+
+def _left_out(run: RunRecord) -> Iterator[Finding]:
+    """Evaluations on other held-out examples, or on other items of a task, than those of the last one."""
+    tasks = {own["task"]: None for line in run.evaluations for own in line.get("tasks", ())}
+    known = [("held-out examples", run.all_held_out, run.held_out)]
+    known += [(f"items of {task}", run.all_of_task(task), run.of_task(task)) for task in tasks]
+    for what, measured, compared in known:
+        if num := len(measured) - len(compared):
+            seen = f"{counted(num, 'evaluation')} had other {what} than the last one"
+            yield Finding("note", f"{seen}: figures of the two cannot be compared, and these are left out.")
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

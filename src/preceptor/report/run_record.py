@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from preceptor.errors import CheckpointError
 from preceptor.files import read_json, read_json_lines, read_run_file
 
 JsonObject = dict[str, Any]
+Evaluation = TypeVar("Evaluation", bound=Mapping[str, Any])
 
 LINES = ("metrics", "eval", "samples", "rejections", "examples")  # .jsonl
 OBJECTS = ("summary", "environment", "data", "compare")  # .json
@@ -63,9 +64,22 @@ class RunRecord:
         return DataCounts(self.data["num_examples"] - measured, len(self.rejections) - lost, measured, lost)
 
     @property
-    def held_out(self) -> list[JsonObject]:
+    def all_held_out(self) -> list[JsonObject]:
         """The evaluations that measured a held-out loss. It is null where it was not finite."""
         return [evaluation for evaluation in self.evaluations if "loss" in evaluation]
+
+    @property
+    def held_out(self) -> list[JsonObject]:
+        """Those of `all_held_out` with the held-out examples of the last one: other losses are not compared."""
+        return measured_on_the_same(self.all_held_out, "held_out")
+
+    def all_of_task(self, name: str) -> list[JsonObject]:
+        """The evaluations that measured a task."""
+        return [line for line in self.evaluations if any(own["task"] == name for own in line.get("tasks", ()))]
+
+    def of_task(self, name: str) -> list[JsonObject]:
+        """Those of `all_of_task` with the items of the last one."""
+        return measured_on_the_same(self.all_of_task(name), name)
 
     def of_model(self, lines: Sequence[JsonObject]) -> list[JsonObject]:
         """Those up to the step of the saved model, which `checkpoint.best` may choose before the last; else all."""
@@ -73,8 +87,8 @@ class RunRecord:
 
     @property
     def held_out_of_model(self) -> list[JsonObject]:
-        """Those of `held_out` up to the saved model's: its own is the last."""
-        return self.of_model(self.held_out)
+        """Those up to the saved model's, with its held-out examples: its own is the last."""
+        return measured_on_the_same(self.of_model(self.all_held_out), "held_out")
 
     @property
     def loss_ends(self) -> tuple[float, float] | None:
@@ -173,6 +187,15 @@ def finite(evaluations: Sequence[JsonObject]) -> list[JsonObject]:
 def in_figures(value: float | None, form: str = ".4f") -> str:
     """A figure of a JSON file in words: null stands for one that is not finite."""
     return "not finite" if value is None else format(value, form)
+
+
+def measured_on_the_same(lines: Sequence[Evaluation], what: str | None) -> list[Evaluation]:
+    """The evaluations with the held-out examples (`held_out`), or the items of a task, of the last one.
+
+    By the hashes of `measured_on`, which lines of older versions do not have.
+    """
+    known = [line.get("measured_on", {}).get(what) for line in lines]
+    return [line for line, own in zip(lines, known, strict=True) if own in (None, known[-1])]
 
 
 def up_to(lines: Sequence[JsonObject], step: int | None) -> list[JsonObject]:
