@@ -5,7 +5,7 @@ import pytest
 from preceptor.export.card import _evaluation
 from preceptor.report.curves import panels
 from preceptor.report.facts import facts
-from preceptor.report.findings import judge, spikes
+from preceptor.report.findings import judge, spikes, warnings_so_far
 from preceptor.report.page import page_of_run
 from preceptor.report.run_record import read_run
 from runs import COMPARE, DATA, compared, looks, sample, steps, write_run
@@ -151,6 +151,47 @@ def test_where_the_best_is_saved_its_figures_and_answers_are_judged_not_the_last
     assert "held-out loss 2.000 before training, 1.500 after" in card
     last = judged(tmp_path / "b", eval=evaluations, samples=samples)
     assert last.headline.startswith("It memorised its training examples")
+
+
+RISEN = [0.1 + step / 100 for step in range(20)]  # as p * -log p does where a probability below 1/e rises
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit"),
+    [
+        ({"type": "dft"}, "nats times probability per trained token"),
+        ({"type": "dft", "reduction": "conversation"}, "nats times probability, mean of conversations"),
+        ({"type": "nll", "code": "own.py:loss"}, "units of loss.code per trained token"),
+    ],
+)
+def test_a_loss_that_need_not_fall_is_not_judged(tmp_path, loss, unit):
+    config = {"config": {"loss": loss}}
+    for name, losses in (("a", RISEN), ("b", FLAT), ("c", [-1.0 - step for step in range(20)])):
+        record = read_run(write_run(tmp_path / name, metrics=steps(losses), **config))
+        verdict, said = judge(record), " ".join(finding.seen for finding in judge(record).findings)
+        assert verdict.headline == "It learned; nothing looks suspicious", said
+        assert f"Training loss ({unit}): {sum(losses[:2]) / 2:.3f} in the first" in said
+        assert "much lower" not in said and "training loss fell" not in said
+        assert panels([record], [""])[0].note == f"training: {unit}; held out: nats per trained token"
+        assert f"training loss ({unit}), first and last tenth" in facts(record)
+        assert not [own for own in warnings_so_far(record) if "loss" in own.seen]
+    unmeasured = judged(tmp_path / "b", metrics=steps(RISEN), eval=[], **config)
+    assert unmeasured.headline == "It is finished; more was not measured; nothing looks suspicious"
+    worse = judged(tmp_path / "c", metrics=steps(RISEN), eval=looks((0, 2.0), (20, 2.0)), **config)
+    assert worse.headline == "It is finished; held-out examples show no learning, with 1 warning"
+    broken = judged(tmp_path / "d", metrics=steps([1.0, float("nan"), 1.0]), **config)
+    assert broken.level == "error"
+
+
+def test_what_is_added_to_the_cross_entropy_is_named_and_the_loss_judged(tmp_path):
+    config = {"loss": {"type": "nll", "label_smoothing": 0.1, "z_loss": 0.0, "kl_coef": 0.5}}
+    record = read_run(write_run(tmp_path / "a", metrics=steps(RISING), config=config))
+    assert any("The training loss rose" in finding.seen for finding in judge(record).findings)
+    unit = "nats per trained token, with label_smoothing and kl_coef"
+    assert panels([record, record], ["a", "b"])[0].note == unit
+    other = read_run(write_run(tmp_path / "b"))
+    assert panels([record, other], ["a", "b"])[0].note == f"{unit} or nats per trained token"
+    assert panels([other], [""])[0].note == "nats per trained token"
 
 
 def measured_on(lines, *sets):

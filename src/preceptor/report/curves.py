@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from preceptor.report.plots import NUM_COLOURS, Panel, Series, smooth, thin
-from preceptor.report.run_record import JsonObject, RunRecord, finite, tokens_per_second
+from preceptor.report.run_record import NATS, JsonObject, RunRecord, finite, tokens_per_second
 
 MEGABYTE = 1e6
 PREDICTED = "predicted_memory_bytes"
@@ -14,12 +14,12 @@ _SMOOTH_SHARE = 25  # a curve is smoothed over 1/25 of its steps
 
 def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     """Plots of whatever was recorded: losses, held-out figures, learning rate, gradient norm, throughput, memory."""
-    nats = "nats per trained token"
     if len(runs) == 1:
         found = [_loss(runs[0])]
     else:
-        found = [_over_steps(runs, names, "Training loss", nats, "loss")]
-        found.append(_over_evaluations(runs, names, "Held-out loss", nats, "loss"))
+        units = " or ".join(dict.fromkeys(run.loss_unit for run in runs))
+        found = [_over_steps(runs, names, "Training loss", units, "loss")]
+        found.append(_over_evaluations(runs, names, "Held-out loss", NATS, "loss"))
     found.append(_over_evaluations(runs, names, "Held-out token accuracy", "%", "token_accuracy", 100.0))
     found.append(_over_evaluations(runs, names, "Held-out bits per byte", "bits per byte", "bits_per_byte"))
     found.append(_over_steps(runs, names, "Learning rate", "", "learning_rate", plain=True, from_zero=True))
@@ -54,7 +54,9 @@ def _loss(run: RunRecord) -> Panel:
     held_x, held_y = _points(run.held_out, "loss")
     ends = _intervals(run, held_y)
     held_out = [Series("held out", held_x, held_y, colour=2, marks=True, y_ends=ends)] if held_y else []
-    note = "nats per trained token"
+    note = run.loss_unit
+    if held_out and note != NATS:
+        note = f"training: {note}; held out: {NATS}"
     return Panel("Loss", note, [*training, *held_out], f"{note}{_BARS if ends else ''}")
 
 

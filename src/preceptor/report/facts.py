@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from preceptor.report.run_record import JsonObject, RunRecord, finite, flat, in_figures, tokens_per_second
+from preceptor.report.run_record import NATS, JsonObject, RunRecord, finite, flat, in_figures, tokens_per_second
 
 LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 
@@ -46,7 +46,8 @@ def facts(run: RunRecord) -> dict[str, str]:
 
 def _losses(run: RunRecord) -> dict[str, str]:
     both = run.loss_ends
-    found = {"training loss, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
+    unit = "" if run.loss_unit == NATS else f" ({run.loss_unit})"
+    found = {f"training loss{unit}, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
     if run.held_out:
         first, last = run.held_out[0], run.held_out[-1]
         found["held-out loss, first and last"] = f"{in_figures(first['loss'])}, {in_figures(last['loss'])}"

@@ -94,14 +94,18 @@ def _state(run: RunRecord) -> str:
         return "It is learning" if run.steps else "It has not begun"
     if _has_few_steps(run):
         return "It is finished; too few steps to say what it learned"
+    # A training loss that did not fall is an error in `judge`, but of a loss that need not.
+    memorised = "It memorised its training examples"
+    only_trained = memorised if run.is_cross_entropy else "It is finished; held-out examples show no learning"
     evaluations = run.held_out_of_model  # all finite, else `judge` had an error
     if len(evaluations) < 2:
         right, before = _right_answers(run), run.summary.get("base_exact_match")
         if right and before is not None:
-            return "It learned" if sum(right) / len(right) > before else "It memorised its training examples"
-        return "It learned its training examples; more was not measured" if run.steps else "It is finished"
+            return "It learned" if sum(right) / len(right) > before else only_trained
+        fitted = "It learned its training examples" if run.is_cross_entropy else "It is finished"
+        return f"{fitted}; more was not measured" if run.steps else "It is finished"
     first, last = (float(evaluation["loss"]) for evaluation in (evaluations[0], evaluations[-1]))
-    return "It learned" if last < first * (1 - NOTHING_LEARNED) else "It memorised its training examples"
+    return "It learned" if last < first * (1 - NOTHING_LEARNED) else only_trained
 
 
 def _steps(run: RunRecord) -> Iterator[Finding]:
@@ -161,7 +165,10 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         return
     first, last = run.loss_ends
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
-    if len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
+    if not run.is_cross_entropy:
+        seen = f"Training loss ({run.loss_unit}): {course}"
+        yield Finding("note", f"{seen}; it need not fall where the model learns. A held-out loss or task tells.")
+    elif len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
         seen = f"Training loss {first:.3f} in the first step, {last:.3f} in the last"
         yield Finding("note", f"{seen}; so few steps do not say what it did.")
     elif last > first * (1 + NOTHING_LEARNED):
@@ -239,7 +246,7 @@ def _overfitting(run: RunRecord, last: JsonObject) -> Iterator[Finding]:
             advice = "Train on more data." if _has_few_steps(run) else f"Save the best weights: {shorter}"
             yield Finding("warning", seen, advice)
     both = run.loss_ends
-    if both is not None and both[1] < MEMORISED * last["loss"]:
+    if run.is_cross_entropy and both is not None and both[1] < MEMORISED * last["loss"]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
         epochs = "" if _has_few_steps(run) else ", fewer epochs"
         yield Finding("note", seen, f"More data{epochs} or an adapter of lower rank close that gap.")

@@ -16,6 +16,8 @@ from preceptor.files import read_json, read_json_lines, read_run_file
 JsonObject = dict[str, Any]
 Evaluation = TypeVar("Evaluation", bound=Mapping[str, Any])
 
+NATS = "nats per trained token"  # of a held-out loss
+
 LINES = ("metrics", "eval", "samples", "rejections", "examples")  # .jsonl
 OBJECTS = ("summary", "environment", "data", "compare")  # .json
 
@@ -95,6 +97,24 @@ class RunRecord:
         """Training loss over the first and the last tenth of the steps; None for fewer than two steps."""
         tenth = max(1, len(self.steps) // 10)
         return (_mean_loss(self.steps[:tenth]), _mean_loss(self.steps[-tenth:])) if len(self.steps) > 1 else None
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the training loss falls where the model learns: that of `dft` or of the user's own need not."""
+        loss = self.config.get("loss") or {}
+        return loss.get("code") is None and loss.get("type", "nll") == "nll"
+
+    @property
+    def loss_unit(self) -> str:
+        """What the training loss is measured in."""
+        loss = self.config.get("loss") or {}
+        if loss.get("code") is not None:
+            unit = "units of loss.code"
+        else:
+            unit = "nats" if self.is_cross_entropy else "nats times probability"
+        mean = ", mean of conversations" if loss.get("reduction", "token") == "conversation" else " per trained token"
+        added = " and ".join(key for key in ("label_smoothing", "z_loss", "kl_coef") if loss.get(key))
+        return f"{unit}{mean}{', with ' * bool(added)}{added}"
 
     @cached_property
     def prompts(self) -> list["PromptSamples"]:
@@ -208,7 +228,7 @@ def tokens_per_second(step: JsonObject) -> float | None:
 
 
 def _mean_loss(steps: Sequence[JsonObject]) -> float:
-    """Nats per trained token over some steps."""
+    """As the steps have it, in their `loss_unit`, over some of them."""
     num = sum(step.get("num_trained", 1) for step in steps)
     return sum(step["loss"] * step.get("num_trained", 1) for step in steps) / max(1, num)
 
