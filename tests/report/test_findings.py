@@ -299,6 +299,32 @@ def test_the_headline_knows_what_was_measured(tmp_path):
     assert few.headline == "It is finished; too few steps to say what it learned, with 1 warning"
 
 
+EARLY = {"step": 20, "num_evaluations": 2, "improves": False, "on_step": 10}
+INTERVAL = {"difference": 0.01, "low": -0.02, "high": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        ({"ended_by_program": 20}, "The program ended the run after step 20 of 1,000 (Run.stop)."),
+        ({"stopped_early": EARLY}, "did not lower the held-out loss of after step 10 beyond chance (train.patience)."),
+        ({"stopped_early": EARLY | INTERVAL}, "(difference +0.0100, 95% interval -0.0200 to +0.0400; train.patience)."),
+    ],
+)
+def test_a_run_that_ended_early_is_no_whole_one(tmp_path, ended, words):
+    data, summary = DATA | {"num_steps": 1000}, {"num_steps": 20, **ended}
+    verdict = judged(tmp_path / "a", data=data, summary=summary)
+    assert verdict.headline == "It is finished; too few steps to say what it learned, with 1 warning"
+    (note,) = [finding for finding in verdict.findings if words in finding.seen]
+    (warning,) = [finding for finding in verdict.findings if finding.level == "warning"]
+    assert note.level == "note" and warning.seen.startswith("Only 20 optimizer steps") and not warning.advice
+    summary = {"num_steps": 60, **ended}
+    long = judged(tmp_path / "b", data=data, summary=summary, metrics=steps([3.0 * 0.9**step for step in range(60)]))
+    assert long.headline == "It learned; nothing looks suspicious" and words in str(long.findings)
+    short = judged(tmp_path / "c", data=data | {"num_steps": 40}, summary={"num_steps": 20, **ended})
+    assert "add examples" in short.findings[0].advice
+
+
 @pytest.mark.parametrize(("right", "headline"), [(4, "It learned"), (1, "It memorised its training examples")])
 def test_answers_to_held_out_questions_are_a_measure_too(tmp_path, right, headline):
     """As the demo has them, which computes no held-out loss."""

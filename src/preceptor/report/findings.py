@@ -111,14 +111,20 @@ def _state(run: RunRecord) -> str:
 def _steps(run: RunRecord) -> Iterator[Finding]:
     if _has_few_steps(run):
         tokens, lengths = run.data.get("tokens", {}), run.data.get("lengths", {}).get("trees", {})
-        steps = run.data["num_steps"], run.data.get("steps_per_epoch") or 0
+        steps = _length(run), run.data.get("steps_per_epoch") or 0
         said = few_steps(*steps, tokens.get("computed", 0), lengths.get("max", 0)) or ""
         seen, _, advice = said.partition(": ")
-        yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", f"{advice[:1].upper()}{advice[1:]}.")
+        advice = "" if run.data["num_steps"] >= FEW_STEPS else f"{advice[:1].upper()}{advice[1:]}."
+        yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", advice)
 
 
 def _has_few_steps(run: RunRecord) -> bool:
-    return bool(run.data.get("num_steps")) and run.data["num_steps"] < FEW_STEPS
+    return bool(run.data.get("num_steps")) and _length(run) < FEW_STEPS
+
+
+def _length(run: RunRecord) -> int:
+    """The steps that were planned; of a run that ended early, those that were taken."""
+    return run.num_steps if run.ended_early else int(run.data["num_steps"])
 
 
 def _whether_finished(run: RunRecord) -> Iterator[Finding]:
@@ -135,12 +141,22 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
         num = early["num_evaluations"]
         seen = (
             f"The run stopped early, after step {early['step']:,}: {counted(num, 'evaluation')} did not lower the "
-            f"held-out loss of {since} beyond chance (train.patience)."
+            f"held-out loss of {since} beyond chance ({_difference(early)}train.patience)."
         )
         yield Finding("note", seen, "" if best else "`checkpoint.best: loss` saves the best weights, not the last.")
+    if (step := run.summary.get("ended_by_program")) is not None:
+        of = f" of {planned:,}" if planned else ""
+        yield Finding("note", f"The program ended the run after step {step:,}{of} (Run.stop).")
     if best:
         last = "the last" if best["step"] == run.num_steps else f"not the last, {run.num_steps:,}"
         yield Finding("note", f"The model is that of step {best['step']:,}, the best by {best['metric']}; {last}.")
+
+
+def _difference(early: JsonObject) -> str:
+    """Of the last held-out loss from the best before, where it has an interval."""
+    if early.get("low") is None or early.get("high") is None:
+        return ""
+    return f"difference {early['difference']:+.4f}, 95% interval {early['low']:+.4f} to {early['high']:+.4f}; "
 
 
 def _skipped(run: RunRecord) -> Iterator[Finding]:

@@ -50,6 +50,11 @@ class RunRecord:
         """Steps taken so far."""
         return max((int(own[-1]["step"]) for own in (self.steps, self.skipped) if own), default=0)
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether a finished run took fewer steps than were planned: by `train.patience`, or by its program."""
+        return not self.summary.keys().isdisjoint(("stopped_early", "ended_by_program"))
+
     def until(self, step: int) -> Self:
         """The record as it was after a step. What was measured after the run is of its last one, and left out."""
         names = ("steps", "skipped", "evaluations", "samples")
