@@ -8,7 +8,7 @@ from preceptor.report.facts import facts
 from preceptor.report.findings import judge, spikes, warnings_so_far
 from preceptor.report.page import page_of_run
 from preceptor.report.run_record import read_run
-from runs import COMPARE, DATA, compared, looks, sample, steps, write_run
+from runs import COMPARE, DATA, ENVIRONMENT, compared, looks, sample, steps, write_run
 
 
 def judged(folder, **files):
@@ -297,6 +297,12 @@ def test_the_headline_knows_what_was_measured(tmp_path):
     assert unmeasured.headline == "It learned its training examples; more was not measured; nothing looks suspicious"
     few = judged(tmp_path / "c", data=DATA | {"num_steps": 9})
     assert few.headline == "It is finished; too few steps to say what it learned, with 1 warning"
+
+
+def test_the_time_of_a_resumed_run_is_named_by_what_it_is_of(tmp_path):
+    resumed = ENVIRONMENT | {"resumed": [{"step": 10, "date": "2026-11-23", "command": "preceptor train run.yaml"}]}
+    assert facts(read_run(write_run(tmp_path / "a", environment=resumed)))["time of all steps"] == "12 s"
+    assert facts(read_run(write_run(tmp_path / "b")))["time"] == "12 s"
 
 
 EARLY = {"step": 20, "num_evaluations": 2, "improves": False, "on_step": 10}

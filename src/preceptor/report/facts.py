@@ -38,7 +38,7 @@ def facts(run: RunRecord) -> dict[str, str]:
         "exact answers": _share(summary.get("intern_exact_match")),
         "tokens per second (median)": _number(median(rates) if rates else None),
         **_memory(run),
-        "time": _seconds(summary.get("seconds")),
+        "time of all steps" if run.environment.get("resumed") else "time": _seconds(summary.get("seconds")),
         "of it compiling layers": _seconds(compiling or None),  # that of a step is not among its seconds
     }
     return {label: text for label, text in found.items() if text}
