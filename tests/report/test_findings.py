@@ -290,6 +290,21 @@ def test_the_worst_comes_first_and_makes_the_headline(tmp_path):
     assert unfinished.headline == "It has not begun, with 1 warning"
 
 
+@pytest.mark.parametrize(
+    ("losses", "headline"),
+    [
+        ([3.0, 1.5], "It is not finished; it is learning, with 1 warning"),
+        ([2.0, 2.6], "It is not finished, with 2 warnings"),
+        ([2.0, 1.97], "It is not finished, with 2 warnings"),
+        ([2.0], "It is not finished, with 1 warning"),
+        ([], "It is not finished, with 1 warning"),
+    ],
+)
+def test_a_run_that_is_not_finished_learns_where_its_held_out_loss_fell(tmp_path, losses, headline):
+    lines = looks(*[(10 * number, loss) for number, loss in enumerate(losses)])
+    assert judged(tmp_path / "a", summary=None, eval=lines).headline == headline
+
+
 def test_the_headline_knows_what_was_measured(tmp_path):
     memorised = judged(tmp_path / "a", eval=looks((0, 2.0), (20, 2.0)))
     assert memorised.headline == "It memorised its training examples, with 1 warning"

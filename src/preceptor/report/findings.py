@@ -90,22 +90,23 @@ def _rank(finding: Finding) -> int:
 
 def _state(run: RunRecord) -> str:
     """What became of the run, as far as its losses tell."""
+    evaluations = finite(run.held_out_of_model)  # of a finished run all, else `judge` had an error
+    learned = len(evaluations) > 1 and evaluations[-1]["loss"] < evaluations[0]["loss"] * (1 - NOTHING_LEARNED)
     if not run.is_finished:
-        return "It is learning" if run.steps else "It has not begun"
+        begun = "It is not finished" if run.num_steps else "It has not begun"
+        return f"{begun}; it is learning" if learned else begun
     if _has_few_steps(run):
         return "It is finished; too few steps to say what it learned"
     # A training loss that did not fall is an error in `judge`, but of a loss that need not.
     memorised = "It memorised its training examples"
     only_trained = memorised if run.is_cross_entropy else "It is finished; held-out examples show no learning"
-    evaluations = run.held_out_of_model  # all finite, else `judge` had an error
     if len(evaluations) < 2:
         right, before = _right_answers(run), run.summary.get("base_exact_match")
         if right and before is not None:
             return "It learned" if sum(right) / len(right) > before else only_trained
         fitted = "It learned its training examples" if run.is_cross_entropy else "It is finished"
         return f"{fitted}; more was not measured" if run.steps else "It is finished"
-    first, last = (float(evaluation["loss"]) for evaluation in (evaluations[0], evaluations[-1]))
-    return "It learned" if last < first * (1 - NOTHING_LEARNED) else only_trained
+    return "It learned" if learned else only_trained
 
 
 def _steps(run: RunRecord) -> Iterator[Finding]:
