@@ -118,6 +118,23 @@ def test_what_is_no_run_or_broken_is_an_error(tmp_path):
         write_report([tmp_path / "a", tmp_path / "b"])
 
 
+def test_memory_is_drawn_as_it_is_predicted(tmp_path):
+    """Without what the process held before: the fixture's peak is 400 MB."""
+    known = {"memory_before_bytes": 371_000_000, "predicted_memory_bytes": 2_000_000}
+    finished = read_run(write_run(tmp_path / "a", summary={"num_steps": 20, "seconds": 12.0, **known}))
+    going_on = read_run(write_run(tmp_path / "b", summary=None, data={"num_steps": 60, **known}))
+    gpu = read_run(write_run(tmp_path / "c"))
+
+    def memory(*runs):
+        (panel,) = [panel for panel in panels(runs, [run.name for run in runs]) if panel.title == "Memory"]
+        return panel
+
+    assert memory(finished).series[0].y == memory(going_on).series[0].y == [29.0] * 20
+    assert memory(finished).level == ("predicted", 2.0) and "without what was held before" in memory(finished).note
+    assert memory(gpu).series[0].y == [400.0] * 20 and memory(gpu).note == "peak so far, MB"
+    assert [(each.name, each.y[0]) for each in memory(finished, gpu).series] == [("a", 29.0), ("c", 400.0)]
+
+
 def test_tax_and_shift_are_shown_where_they_were_measured(tmp_path):
     found = page(tmp_path / "a", compare=COMPARE)
     words = text_of(found)

@@ -34,8 +34,7 @@ def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     found.append(_over_steps(runs, names, "Throughput", "tokens per second", tokens_per_second, from_zero=True))
     predicted = runs[0].summary.get(PREDICTED) if len(runs) == 1 else None
     level = None if predicted is None else ("predicted", float(predicted) / MEGABYTE)
-    note = "peak so far, MB"
-    found.append(_over_steps(runs, names, "Memory", note, _megabytes, plain=True, from_zero=True, level=level))
+    found.append(_memory(runs, names, level))
     return [panel for panel in found if panel.series]
 
 
@@ -149,5 +148,14 @@ def _window(num: int) -> int:
     return 2 * (num // (2 * _SMOOTH_SHARE)) + 1
 
 
-def _megabytes(step: JsonObject) -> float | None:
-    return step["peak_memory_bytes"] / MEGABYTE if step.get("peak_memory_bytes") else None
+def _memory(runs: Sequence[RunRecord], names: Sequence[str], level: tuple[str, float] | None) -> Panel:
+    """As the prediction: without what the process held before the model was loaded."""
+    series = []
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        x, y = _points([step for step in run.steps if step.get("peak_memory_bytes")], "peak_memory_bytes")
+        grown = [max(0.0, value - run.memory_before_bytes) / MEGABYTE for value in y]
+        if y:
+            series.append(Series("memory" if len(runs) == 1 else name, *thin(x, grown), 1 + index % NUM_COLOURS))
+    before = any(run.memory_before_bytes for run in runs)
+    note = "peak so far, MB" + ", without what was held before the model was loaded" * before
+    return Panel("Memory", note, series, note, from_zero=True, level=level)

@@ -51,6 +51,11 @@ class RunRecord:
         return max((int(own[-1]["step"]) for own in (self.steps, self.skipped) if own), default=0)
 
     @property
+    def memory_before_bytes(self) -> int:
+        """What the process held before the model was loaded (on a CPU), as far as that is known."""
+        return int(self.summary.get("memory_before_bytes") or self.data.get("memory_before_bytes") or 0)
+
+    @property
     def ended_early(self) -> bool:
         """Whether a finished run took fewer steps than were planned: by `train.patience`, or by its program."""
         return not self.summary.keys().isdisjoint(("stopped_early", "ended_by_program"))

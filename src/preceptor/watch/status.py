@@ -247,7 +247,7 @@ def _seconds_left(run: RunRecord, planned: int | None) -> float | None:
 def _memory_bytes(run: RunRecord, last: JsonObject) -> int | None:
     """The peak so far, without what the process held before the model was loaded (on a CPU)."""
     peak = last.get("peak_memory_bytes")
-    return max(0, peak - (run.data.get("memory_before_bytes") or 0)) if isinstance(peak, int) else None
+    return max(0, peak - run.memory_before_bytes) if isinstance(peak, int) else None
 
 
 def _held_out(run: RunRecord) -> dict[str, Any] | None:
