@@ -168,6 +168,18 @@ def test_several_runs_stand_beside_one_another(tmp_path):
     assert write_report([first, second], tmp_path / "both.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_bases_that_answer_differently_stand_under_the_names_of_their_runs(tmp_path):
+    answers = {"a": "one", "b": "two", "c": "one", "d": None}
+    runs = []
+    for name, base in answers.items():
+        before = [] if base is None else [sample(0, "1?", base)]
+        runs.append(read_run(write_run(tmp_path / name, samples=[*before, sample(20, "1?", f"of {name}")])))
+    words = text_of(page_of_runs(runs))
+    assert "1? base of a, c one base of b two a, step 20 of a b, step 20 of b c, step 20 of c d, step 20 of d" in words
+    assert "1? base two b, step 20 of b d, step 20 of d" in text_of(page_of_runs([runs[1], runs[3]]))
+    assert "1? base two d, step 20 of d b, step 20 of b" in text_of(page_of_runs([runs[3], runs[1]]))
+
+
 def test_the_command_repeats_the_run_from_where_it_was_typed(tmp_path):
     folder = write_run(tmp_path / "a b")
     command = repeat_command(read_run(folder))
