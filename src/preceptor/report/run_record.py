@@ -14,7 +14,7 @@ from preceptor.errors import CheckpointError
 from preceptor.files import read_json, read_json_lines, read_run_file
 
 JsonObject = dict[str, Any]
-Evaluation = TypeVar("Evaluation", bound=Mapping[str, Any])
+EvalLine = TypeVar("EvalLine", bound=Mapping[str, Any])
 
 NATS = "nats per trained token"  # of a held-out loss
 
@@ -219,7 +219,7 @@ def in_figures(value: float | None, form: str = ".4f") -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def measured_on_the_same(lines: Sequence[Evaluation], what: str | None) -> list[Evaluation]:
+def measured_on_the_same(lines: Sequence[EvalLine], what: str | None) -> list[EvalLine]:
     """The evaluations with the held-out examples (`held_out`), or the items of a task, of the last one.
 
     By the hashes of `measured_on`, which lines of older versions do not have.
