@@ -5,10 +5,10 @@ import pytest
 from preceptor.export.card import _evaluation
 from preceptor.report.curves import panels
 from preceptor.report.facts import facts
-from preceptor.report.findings import judge, spikes
+from preceptor.report.findings import judge, spikes, warnings_so_far
 from preceptor.report.page import page_of_run
 from preceptor.report.run_record import read_run
-from runs import COMPARE, DATA, compared, looks, sample, steps, write_run
+from runs import COMPARE, DATA, ENVIRONMENT, compared, looks, sample, steps, write_run
 
 
 def judged(folder, **files):
@@ -153,6 +153,90 @@ def test_where_the_best_is_saved_its_figures_and_answers_are_judged_not_the_last
     assert last.headline.startswith("It memorised its training examples")
 
 
+RISEN = [0.1 + step / 100 for step in range(20)]  # as p * -log p does where a probability below 1/e rises
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit"),
+    [
+        ({"type": "dft"}, "nats times probability per trained token"),
+        ({"type": "dft", "reduction": "conversation"}, "nats times probability, mean of conversations"),
+        ({"type": "nll", "code": "own.py:loss"}, "units of loss.code per trained token"),
+    ],
+)
+def test_a_loss_that_need_not_fall_is_not_judged(tmp_path, loss, unit):
+    config = {"config": {"loss": loss}}
+    for name, losses in (("a", RISEN), ("b", FLAT), ("c", [-1.0 - step for step in range(20)])):
+        record = read_run(write_run(tmp_path / name, metrics=steps(losses), **config))
+        verdict, said = judge(record), " ".join(finding.seen for finding in judge(record).findings)
+        assert verdict.headline == "It learned; nothing looks suspicious", said
+        assert f"Training loss ({unit}): {sum(losses[:2]) / 2:.3f} in the first" in said
+        assert "much lower" not in said and "training loss fell" not in said
+        assert panels([record], [""])[0].note == f"training: {unit}; held out: nats per trained token"
+        assert f"training loss ({unit}), first and last tenth" in facts(record)
+        assert not [own for own in warnings_so_far(record) if "loss" in own.seen]
+    unmeasured = judged(tmp_path / "b", metrics=steps(RISEN), eval=[], **config)
+    assert unmeasured.headline == "It is finished; more was not measured; nothing looks suspicious"
+    worse = judged(tmp_path / "c", metrics=steps(RISEN), eval=looks((0, 2.0), (20, 2.0)), **config)
+    assert worse.headline == "It is finished; held-out examples show no learning, with 1 warning"
+    broken = judged(tmp_path / "d", metrics=steps([1.0, float("nan"), 1.0]), **config)
+    assert broken.level == "error"
+
+
+def test_what_is_added_to_the_cross_entropy_is_named_and_the_loss_judged(tmp_path):
+    config = {"loss": {"type": "nll", "label_smoothing": 0.1, "z_loss": 0.0, "kl_coef": 0.5}}
+    record = read_run(write_run(tmp_path / "a", metrics=steps(RISING), config=config))
+    assert any("The training loss rose" in finding.seen for finding in judge(record).findings)
+    unit = "nats per trained token, with label_smoothing and kl_coef"
+    assert panels([record, record], ["a", "b"])[0].note == unit
+    other = read_run(write_run(tmp_path / "b"))
+    assert panels([record, other], ["a", "b"])[0].note == f"{unit} or nats per trained token"
+    assert panels([other], [""])[0].note == "nats per trained token"
+
+
+def measured_on(lines, *sets):
+    return [line | {"measured_on": own} for line, own in zip(lines, sets, strict=True)]
+
+
+def test_losses_on_other_held_out_examples_are_no_course(tmp_path):
+    old, new = {"held_out": "x"}, {"held_out": "y"}
+    lines = measured_on(looks((0, 3.0), (10, 0.5), (15, 0.75), (20, 0.7)), old, old, new, new)
+    record = read_run(write_run(tmp_path / "a", eval=lines))
+    found = {finding.seen: finding.level for finding in judge(record).findings}
+    assert "The held-out loss fell by 6.7%: 0.750 after step 15, 0.700 after step 20. Token" in " ".join(found)
+    assert not any("Overfitting" in seen for seen in found), "0.5 is of other examples"
+    other = "2 evaluations had other held-out examples than the last one"
+    assert found[f"{other}: figures of the two cannot be compared, and these are left out."] == "note"
+    assert facts(record)["held-out loss, first and last"] == "0.7500, 0.7000"
+    assert facts(record)["lowest held-out loss"] == "0.7000 after step 20"
+    (drawn,) = [each for panel in panels([record], [""]) for each in panel.series if each.name == "held out"]
+    assert list(drawn.y) == [0.75, 0.7]
+    assert "held-out loss 0.700 after training" in "\n".join(_evaluation(record))
+    page_of_run(record)
+    same = judged(tmp_path / "b", eval=measured_on(looks((0, 3.0), (10, 0.5), (20, 0.7)), old, old, old))
+    assert "lowest after step 10 (0.500)" in str(same.findings) and "other held-out" not in str(same.findings)
+
+
+def test_of_a_model_from_before_the_held_out_examples_changed_its_own_count(tmp_path):
+    old, new = {"held_out": "x"}, {"held_out": "y"}
+    lines = measured_on(looks((0, 3.0), (10, 1.5), (20, 9.0)), old, old, new)
+    saved = {"num_steps": 20, "model_step": 10, "best": {"metric": "tasks/a", "value": 0.5, "step": 10}}
+    verdict = judged(tmp_path / "a", eval=lines, summary=saved)
+    assert verdict.headline.startswith("It learned")
+    assert "fell by 50%: 3.000 before the first step, 1.500 after step 10" in str(verdict.findings)
+
+
+def test_figures_of_other_items_of_a_task_are_no_course(tmp_path):
+    lines = measured_on(looks((0, 3.0), (10, 1.5), (20, 0.75)), {"held_out": "x", "t": "a"}, *[{"held_out": "x"}] * 2)
+    for line, value in zip(lines, (0.9, 0.2, 0.3), strict=True):
+        line["tasks"] = [{"task": "t", "figures": {"accuracy": {"value": value, "low": None, "high": None}}}]
+        line["measured_on"].setdefault("t", "b")
+    record = read_run(write_run(tmp_path / "a", eval=lines))
+    (panel,) = [panel for panel in panels([record], [""]) if panel.title == "Task t"]
+    assert list(panel.series[0].y) == [0.2, 0.3]
+    assert "1 evaluation had other items of t than the last one" in str(judge(record).findings)
+
+
 NOT_FINITE = [{"step": 20, "loss": None, "bits_per_byte": None, "token_accuracy": 0.0, "num_trained": 900}]
 
 
@@ -206,6 +290,21 @@ def test_the_worst_comes_first_and_makes_the_headline(tmp_path):
     assert unfinished.headline == "It has not begun, with 1 warning"
 
 
+@pytest.mark.parametrize(
+    ("losses", "headline"),
+    [
+        ([3.0, 1.5], "It is not finished; it is learning, with 1 warning"),
+        ([2.0, 2.6], "It is not finished, with 2 warnings"),
+        ([2.0, 1.97], "It is not finished, with 2 warnings"),
+        ([2.0], "It is not finished, with 1 warning"),
+        ([], "It is not finished, with 1 warning"),
+    ],
+)
+def test_a_run_that_is_not_finished_learns_where_its_held_out_loss_fell(tmp_path, losses, headline):
+    lines = looks(*[(10 * number, loss) for number, loss in enumerate(losses)])
+    assert judged(tmp_path / "a", summary=None, eval=lines).headline == headline
+
+
 def test_the_headline_knows_what_was_measured(tmp_path):
     memorised = judged(tmp_path / "a", eval=looks((0, 2.0), (20, 2.0)))
     assert memorised.headline == "It memorised its training examples, with 1 warning"
@@ -213,6 +312,38 @@ def test_the_headline_knows_what_was_measured(tmp_path):
     assert unmeasured.headline == "It learned its training examples; more was not measured; nothing looks suspicious"
     few = judged(tmp_path / "c", data=DATA | {"num_steps": 9})
     assert few.headline == "It is finished; too few steps to say what it learned, with 1 warning"
+
+
+def test_the_time_of_a_resumed_run_is_named_by_what_it_is_of(tmp_path):
+    resumed = ENVIRONMENT | {"resumed": [{"step": 10, "date": "2026-11-23", "command": "preceptor train run.yaml"}]}
+    assert facts(read_run(write_run(tmp_path / "a", environment=resumed)))["time of all steps"] == "12 s"
+    assert facts(read_run(write_run(tmp_path / "b")))["time"] == "12 s"
+
+
+EARLY = {"step": 20, "num_evaluations": 2, "improves": False, "on_step": 10}
+INTERVAL = {"difference": 0.01, "low": -0.02, "high": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        ({"ended_by_program": 20}, "The program ended the run after step 20 of 1,000 (Run.stop)."),
+        ({"stopped_early": EARLY}, "did not lower the held-out loss of after step 10 beyond chance (train.patience)."),
+        ({"stopped_early": EARLY | INTERVAL}, "(difference +0.0100, 95% interval -0.0200 to +0.0400; train.patience)."),
+    ],
+)
+def test_a_run_that_ended_early_is_no_whole_one(tmp_path, ended, words):
+    data, summary = DATA | {"num_steps": 1000}, {"num_steps": 20, **ended}
+    verdict = judged(tmp_path / "a", data=data, summary=summary)
+    assert verdict.headline == "It is finished; too few steps to say what it learned, with 1 warning"
+    (note,) = [finding for finding in verdict.findings if words in finding.seen]
+    (warning,) = [finding for finding in verdict.findings if finding.level == "warning"]
+    assert note.level == "note" and warning.seen.startswith("Only 20 optimizer steps") and not warning.advice
+    summary = {"num_steps": 60, **ended}
+    long = judged(tmp_path / "b", data=data, summary=summary, metrics=steps([3.0 * 0.9**step for step in range(60)]))
+    assert long.headline == "It learned; nothing looks suspicious" and words in str(long.findings)
+    short = judged(tmp_path / "c", data=data | {"num_steps": 40}, summary={"num_steps": 20, **ended})
+    assert "add examples" in short.findings[0].advice
 
 
 @pytest.mark.parametrize(("right", "headline"), [(4, "It learned"), (1, "It memorised its training examples")])

@@ -91,7 +91,9 @@ def test_a_run_that_is_going_on_or_old_is_read_as_far_as_it_goes(tmp_path):
     write_run(folder, **bare, metrics=None)
     assert "It has not begun" in page_of_run(read_run(folder))
     (folder / "metrics.jsonl").write_text(json.dumps(steps([2.0])[0]) + '\n{"step": 2, "lo', encoding="utf-8")
-    assert "It is learning" in page_of_run(read_run(folder)) and read_run(folder).num_steps == 1
+    assert read_run(folder).num_steps == 1
+    words = text_of(page_of_run(read_run(folder)))
+    assert "It is not finished, with 1 warning" in words and "is learning" not in words
 
 
 def test_what_is_no_run_or_broken_is_an_error(tmp_path):
@@ -114,6 +116,23 @@ def test_what_is_no_run_or_broken_is_an_error(tmp_path):
         write_report([tmp_path / "b"], tmp_path / "no" / "page.html")
     with pytest.raises(ConfigError, match="say where the page goes"):
         write_report([tmp_path / "a", tmp_path / "b"])
+
+
+def test_memory_is_drawn_as_it_is_predicted(tmp_path):
+    """Without what the process held before: the fixture's peak is 400 MB."""
+    known = {"memory_before_bytes": 371_000_000, "predicted_memory_bytes": 2_000_000}
+    finished = read_run(write_run(tmp_path / "a", summary={"num_steps": 20, "seconds": 12.0, **known}))
+    going_on = read_run(write_run(tmp_path / "b", summary=None, data={"num_steps": 60, **known}))
+    gpu = read_run(write_run(tmp_path / "c"))
+
+    def memory(*runs):
+        (panel,) = [panel for panel in panels(runs, [run.name for run in runs]) if panel.title == "Memory"]
+        return panel
+
+    assert memory(finished).series[0].y == memory(going_on).series[0].y == [29.0] * 20
+    assert memory(finished).level == ("predicted", 2.0) and "without what was held before" in memory(finished).note
+    assert memory(gpu).series[0].y == [400.0] * 20 and memory(gpu).note == "peak so far, MB"
+    assert [(each.name, each.y[0]) for each in memory(finished, gpu).series] == [("a", 29.0), ("c", 400.0)]
 
 
 def test_tax_and_shift_are_shown_where_they_were_measured(tmp_path):
@@ -147,6 +166,18 @@ def test_several_runs_stand_beside_one_another(tmp_path):
     assert "training loss, first and last tenth 2.8500, 0.4278 2.0000, 2.0000" in words
     assert "1? base a x/a, step 20 One. y/a, step 20 One." in words
     assert write_report([first, second], tmp_path / "both.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_bases_that_answer_differently_stand_under_the_names_of_their_runs(tmp_path):
+    answers = {"a": "one", "b": "two", "c": "one", "d": None}
+    runs = []
+    for name, base in answers.items():
+        before = [] if base is None else [sample(0, "1?", base)]
+        runs.append(read_run(write_run(tmp_path / name, samples=[*before, sample(20, "1?", f"of {name}")])))
+    words = text_of(page_of_runs(runs))
+    assert "1? base of a, c one base of b two a, step 20 of a b, step 20 of b c, step 20 of c d, step 20 of d" in words
+    assert "1? base two b, step 20 of b d, step 20 of d" in text_of(page_of_runs([runs[1], runs[3]]))
+    assert "1? base two d, step 20 of d b, step 20 of b" in text_of(page_of_runs([runs[3], runs[1]]))
 
 
 def test_the_command_repeats_the_run_from_where_it_was_typed(tmp_path):

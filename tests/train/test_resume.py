@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
+from preceptor.report.run_record import DataCounts, read_run
 from preceptor.train.differences import changed_keys
 from preceptor.train.prepare import prepare
 from preceptor.train.run_folder import claim
@@ -212,6 +213,21 @@ def test_other_held_out_data_and_tasks_are_said(stopped, tmp_path, write_jsonl):
     lines = (tmp_path / "run" / "eval.jsonl").read_text().splitlines()
     first, last = (json.loads(line)["measured_on"] for line in (lines[0], lines[-1]))
     assert first.keys() == last.keys() == {"held_out", task} and not first.items() & last.items()
+
+
+def test_other_held_out_data_are_counted_again(stopped, tmp_path, write_jsonl):
+    file = stopped("data.allow_rejected=[no_assistant_message]", "data.max_rejected=1.0")
+    data = tmp_path / "run" / "data.json"
+    before = json.loads(data.read_text())
+    unanswered = {"messages": [{"role": "user", "content": "Hm?"}]}
+    write_jsonl([*conversations(3), unanswered], "eval.jsonl")
+    again(file, "data.allow_rejected=[no_assistant_message]", "data.max_rejected=1.0")
+    now = json.loads(data.read_text())
+    assert now["num_held_out"] == 3 and now["held_out"] == {"num_examples": 4, "num_rejected": 1}
+    assert now["num_examples"] == before["num_examples"] + 2 and now["num_rejected"] == 1
+    (line,) = (tmp_path / "run" / "rejections.jsonl").read_text().splitlines()
+    assert "eval.jsonl:4" in line
+    assert read_run(tmp_path / "run").counts == DataCounts(before["num_examples"] - 2, 0, 4, 1)
 
 
 def test_other_threads_and_versions_are_said(stopped, tmp_path, monkeypatch):

@@ -364,6 +364,22 @@ def test_a_file_and_a_place_that_cannot_be_written_are_refused(place):
         pass
 
 
+def test_the_time_of_a_run_is_that_of_all_its_sessions(place):
+    lines = [line | {"seconds": 2.0} for line in steps([1.0] * 4)]
+    lines[1]["compile_seconds"] = 5.0
+    for name, sessions, seconds, expected in (
+        ("one", [], 30.0, 30.0),
+        ("two", [{"step": 2}], 3.0, 23.0),
+        ("completed", [], None, 23.0),
+    ):
+        left_by(run_of(), place / name, "saved")
+        (place / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (place / name / "data.json").write_text(json.dumps({**DATA, "compile_seconds": 10.0}))
+        with claim(run_of(name)) as folder:
+            folder.record["resumed"] = sessions
+            assert folder.summarise(seconds)["seconds"] == expected, name
+
+
 def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_refused(place):
     for state in ("started", "stopped"):
         left_by(run_of(), place / state, state)

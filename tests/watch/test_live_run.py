@@ -109,6 +109,13 @@ def test_states_from_no_folder_to_the_end(tmp_path, held):
     assert status["verdict"]["headline"]
 
 
+def test_how_a_run_ended_is_said(tmp_path):
+    for key, how in (("stopped_early", ", stopped early"), ("ended_by_program", ", ended by the program"), ("x", "")):
+        value = {"step": 20, "num_evaluations": 2, "on_step": 10} if key == "stopped_early" else 20
+        folder = write_run(tmp_path / key, summary={"num_steps": 20, "seconds": 12.0, key: value})
+        assert status_of(LiveRun(folder).look())["says"] == f"finished after step 20 in 12 s{how}"
+
+
 def test_a_saved_model_that_only_lacks_its_report_is_not_starting(tmp_path, held):
     (growing(tmp_path / "run") / "model").mkdir()
     held(tmp_path / "run")

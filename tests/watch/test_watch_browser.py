@@ -178,6 +178,21 @@ def test_an_answer_stands_under_the_name_of_its_run(tmp_path):
     assert "first? a, step 20 of a " in words and "second? b, step 20 of b " in words
 
 
+def test_beside_the_answer_of_the_best_model_stand_all_others(tmp_path):
+    samples = [sample(step, "1?", f"of {step}") for step in (0, 30, 60)]
+    best = {"num_steps": 60, "seconds": 12.0, "model_step": 30, "best": {"metric": "loss", "value": 1.0, "step": 30}}
+    other = "step 60 of 60 reference The reference. other answers before the first step of 0 step 30 of 30"
+    for name, summary, expected in (
+        ("best", best, "step 30 of 30 reference The reference. other answers before the first step of 0 step 60 of 60"),
+        ("last", {"num_steps": 60, "seconds": 12.0}, other),
+        ("going on", None, other),
+    ):
+        folder = write_run(tmp_path / name, samples=samples, summary=summary)
+        html = parts_of([LiveRun(folder).look()])["answers"]["html"]
+        assert expected in re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html)), name
+        assert len(re.findall(r">of \d+<", html)) == 3
+
+
 # In the browser ------------------------------------------------------------------------------------------------------
 
 

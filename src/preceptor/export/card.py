@@ -91,9 +91,9 @@ def _training(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 def _evaluation(run: RunRecord) -> list[str]:
     found = []
-    if losses := [line["loss"] for line in run.held_out_of_model]:
-        first, last = losses[0], losses[-1]
-        course = f"{in_figures(first, '.3f')} before training, {in_figures(last, '.3f')} after"
+    if lines := run.held_out_of_model:
+        first, last = (in_figures(line["loss"], ".3f") for line in (lines[0], lines[-1]))
+        course = f"{last} after training" if lines[0]["step"] else f"{first} before training, {last} after"
         found.append(f"- held-out loss {course} (nats per trained token)")
     for task in next((line.get("tasks") or () for line in reversed(run.of_model(run.evaluations))), ()):
         figures = ", ".join(f"{name} {in_figures(figure['value'], '.3f')}" for name, figure in task["figures"].items())

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from preceptor.report.plots import NUM_COLOURS, Panel, Series, smooth, thin
-from preceptor.report.run_record import JsonObject, RunRecord, finite, tokens_per_second
+from preceptor.report.run_record import NATS, JsonObject, RunRecord, finite, tokens_per_second
 
 MEGABYTE = 1e6
 PREDICTED = "predicted_memory_bytes"
@@ -14,12 +14,12 @@ _SMOOTH_SHARE = 25  # a curve is smoothed over 1/25 of its steps
 
 def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     """Plots of whatever was recorded: losses, held-out figures, learning rate, gradient norm, throughput, memory."""
-    nats = "nats per trained token"
     if len(runs) == 1:
         found = [_loss(runs[0])]
     else:
-        found = [_over_steps(runs, names, "Training loss", nats, "loss")]
-        found.append(_over_evaluations(runs, names, "Held-out loss", nats, "loss"))
+        units = " or ".join(dict.fromkeys(run.loss_unit for run in runs))
+        found = [_over_steps(runs, names, "Training loss", units, "loss")]
+        found.append(_over_evaluations(runs, names, "Held-out loss", NATS, "loss"))
     found.append(_over_evaluations(runs, names, "Held-out token accuracy", "%", "token_accuracy", 100.0))
     found.append(_over_evaluations(runs, names, "Held-out bits per byte", "bits per byte", "bits_per_byte"))
     found.append(_over_steps(runs, names, "Learning rate", "", "learning_rate", plain=True, from_zero=True))
@@ -34,8 +34,7 @@ def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     found.append(_over_steps(runs, names, "Throughput", "tokens per second", tokens_per_second, from_zero=True))
     predicted = runs[0].summary.get(PREDICTED) if len(runs) == 1 else None
     level = None if predicted is None else ("predicted", float(predicted) / MEGABYTE)
-    note = "peak so far, MB"
-    found.append(_over_steps(runs, names, "Memory", note, _megabytes, plain=True, from_zero=True, level=level))
+    found.append(_memory(runs, names, level))
     return [panel for panel in found if panel.series]
 
 
@@ -51,10 +50,12 @@ def lengths(run: RunRecord) -> Iterator[Panel]:
 
 def _loss(run: RunRecord) -> Panel:
     training = _smoothed(run, "loss", "training", "training")
-    held_x, held_y = _points(run.evaluations, "loss")
+    held_x, held_y = _points(run.held_out, "loss")
     ends = _intervals(run, held_y)
     held_out = [Series("held out", held_x, held_y, colour=2, marks=True, y_ends=ends)] if held_y else []
-    note = "nats per trained token"
+    note = run.loss_unit
+    if held_out and note != NATS:
+        note = f"training: {note}; held out: {NATS}"
     return Panel("Loss", note, [*training, *held_out], f"{note}{_BARS if ends else ''}")
 
 
@@ -91,11 +92,18 @@ def _over_steps(
 
 
 def _over_evaluations(
-    runs: Sequence[RunRecord], names: Sequence[str], title: str, note: str, key: Any, factor: float = 1.0
+    runs: Sequence[RunRecord],
+    names: Sequence[str],
+    title: str,
+    note: str,
+    key: Any,
+    factor: float = 1.0,
+    task: str | None = None,
 ) -> Panel:
+    """task: None for figures of the held-out examples."""
     series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        x, y = _points(run.evaluations, key)
+        x, y = _points(run.held_out if task is None else run.of_task(task), key)
         ends = _intervals(run, y) if key == "loss" else []
         if y:
             label, y = title.lower() if len(runs) == 1 else name, [factor * value for value in y]
@@ -117,7 +125,7 @@ def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel]:
             tasks = evaluation.get("tasks", ())
             return next((own["figures"][figure]["value"] for own in tasks if own["task"] == task), None)
 
-        yield _over_evaluations(runs, names, f"Task {task}", figure, value)
+        yield _over_evaluations(runs, names, f"Task {task}", figure, value, task=task)
 
 
 def _points(lines: Sequence[JsonObject], key: Any) -> tuple[list[float], list[float]]:
@@ -140,5 +148,14 @@ def _window(num: int) -> int:
     return 2 * (num // (2 * _SMOOTH_SHARE)) + 1
 
 
-def _megabytes(step: JsonObject) -> float | None:
-    return step["peak_memory_bytes"] / MEGABYTE if step.get("peak_memory_bytes") else None
+def _memory(runs: Sequence[RunRecord], names: Sequence[str], level: tuple[str, float] | None) -> Panel:
+    """As the prediction: without what the process held before the model was loaded."""
+    series = []
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        x, y = _points([step for step in run.steps if step.get("peak_memory_bytes")], "peak_memory_bytes")
+        grown = [max(0.0, value - run.memory_before_bytes) / MEGABYTE for value in y]
+        if y:
+            series.append(Series("memory" if len(runs) == 1 else name, *thin(x, grown), 1 + index % NUM_COLOURS))
+    before = any(run.memory_before_bytes for run in runs)
+    note = "peak so far, MB" + ", without what was held before the model was loaded" * before
+    return Panel("Memory", note, series, note, from_zero=True, level=level)

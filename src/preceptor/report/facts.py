@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from preceptor.report.run_record import JsonObject, RunRecord, finite, flat, in_figures, tokens_per_second
+from preceptor.report.run_record import NATS, JsonObject, RunRecord, finite, flat, in_figures, tokens_per_second
 
 LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 
@@ -38,7 +38,7 @@ def facts(run: RunRecord) -> dict[str, str]:
         "exact answers": _share(summary.get("intern_exact_match")),
         "tokens per second (median)": _number(median(rates) if rates else None),
         **_memory(run),
-        "time": _seconds(summary.get("seconds")),
+        "time of all steps" if run.environment.get("resumed") else "time": _seconds(summary.get("seconds")),
         "of it compiling layers": _seconds(compiling or None),  # that of a step is not among its seconds
     }
     return {label: text for label, text in found.items() if text}
@@ -46,7 +46,8 @@ def facts(run: RunRecord) -> dict[str, str]:
 
 def _losses(run: RunRecord) -> dict[str, str]:
     both = run.loss_ends
-    found = {"training loss, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
+    unit = "" if run.loss_unit == NATS else f" ({run.loss_unit})"
+    found = {f"training loss{unit}, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
     if run.held_out:
         first, last = run.held_out[0], run.held_out[-1]
         found["held-out loss, first and last"] = f"{in_figures(first['loss'])}, {in_figures(last['loss'])}"

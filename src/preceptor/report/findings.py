@@ -60,6 +60,7 @@ def judge(run: RunRecord) -> Verdict:
         *_training_loss(run),
         *_not_finite(run),
         *_held_out(run),
+        *_left_out(run),
         *_gradients(run),
         *_answers(run),
         *_data(run),
@@ -89,31 +90,42 @@ def _rank(finding: Finding) -> int:
 
 def _state(run: RunRecord) -> str:
     """What became of the run, as far as its losses tell."""
+    evaluations = finite(run.held_out_of_model)  # of a finished run all, else `judge` had an error
+    learned = len(evaluations) > 1 and evaluations[-1]["loss"] < evaluations[0]["loss"] * (1 - NOTHING_LEARNED)
     if not run.is_finished:
-        return "It is learning" if run.steps else "It has not begun"
+        begun = "It is not finished" if run.num_steps else "It has not begun"
+        return f"{begun}; it is learning" if learned else begun
     if _has_few_steps(run):
         return "It is finished; too few steps to say what it learned"
-    evaluations = run.held_out_of_model  # all finite, else `judge` had an error
+    # A training loss that did not fall is an error in `judge`, but of a loss that need not.
+    memorised = "It memorised its training examples"
+    only_trained = memorised if run.is_cross_entropy else "It is finished; held-out examples show no learning"
     if len(evaluations) < 2:
         right, before = _right_answers(run), run.summary.get("base_exact_match")
         if right and before is not None:
-            return "It learned" if sum(right) / len(right) > before else "It memorised its training examples"
-        return "It learned its training examples; more was not measured" if run.steps else "It is finished"
-    first, last = (float(evaluation["loss"]) for evaluation in (evaluations[0], evaluations[-1]))
-    return "It learned" if last < first * (1 - NOTHING_LEARNED) else "It memorised its training examples"
+            return "It learned" if sum(right) / len(right) > before else only_trained
+        fitted = "It learned its training examples" if run.is_cross_entropy else "It is finished"
+        return f"{fitted}; more was not measured" if run.steps else "It is finished"
+    return "It learned" if learned else only_trained
 
 
 def _steps(run: RunRecord) -> Iterator[Finding]:
     if _has_few_steps(run):
         tokens, lengths = run.data.get("tokens", {}), run.data.get("lengths", {}).get("trees", {})
-        steps = run.data["num_steps"], run.data.get("steps_per_epoch") or 0
+        steps = _length(run), run.data.get("steps_per_epoch") or 0
         said = few_steps(*steps, tokens.get("computed", 0), lengths.get("max", 0)) or ""
         seen, _, advice = said.partition(": ")
-        yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", f"{advice[:1].upper()}{advice[1:]}.")
+        advice = "" if run.data["num_steps"] >= FEW_STEPS else f"{advice[:1].upper()}{advice[1:]}."
+        yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", advice)
 
 
 def _has_few_steps(run: RunRecord) -> bool:
-    return bool(run.data.get("num_steps")) and run.data["num_steps"] < FEW_STEPS
+    return bool(run.data.get("num_steps")) and _length(run) < FEW_STEPS
+
+
+def _length(run: RunRecord) -> int:
+    """The steps that were planned; of a run that ended early, those that were taken."""
+    return run.num_steps if run.ended_early else int(run.data["num_steps"])
 
 
 def _whether_finished(run: RunRecord) -> Iterator[Finding]:
@@ -130,12 +142,22 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
         num = early["num_evaluations"]
         seen = (
             f"The run stopped early, after step {early['step']:,}: {counted(num, 'evaluation')} did not lower the "
-            f"held-out loss of {since} beyond chance (train.patience)."
+            f"held-out loss of {since} beyond chance ({_difference(early)}train.patience)."
         )
         yield Finding("note", seen, "" if best else "`checkpoint.best: loss` saves the best weights, not the last.")
+    if (step := run.summary.get("ended_by_program")) is not None:
+        of = f" of {planned:,}" if planned else ""
+        yield Finding("note", f"The program ended the run after step {step:,}{of} (Run.stop).")
     if best:
         last = "the last" if best["step"] == run.num_steps else f"not the last, {run.num_steps:,}"
         yield Finding("note", f"The model is that of step {best['step']:,}, the best by {best['metric']}; {last}.")
+
+
+def _difference(early: JsonObject) -> str:
+    """Of the last held-out loss from the best before, where it has an interval."""
+    if early.get("low") is None or early.get("high") is None:
+        return ""
+    return f"difference {early['difference']:+.4f}, 95% interval {early['low']:+.4f} to {early['high']:+.4f}; "
 
 
 def _skipped(run: RunRecord) -> Iterator[Finding]:
@@ -160,7 +182,10 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         return
     first, last = run.loss_ends
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
-    if len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
+    if not run.is_cross_entropy:
+        seen = f"Training loss ({run.loss_unit}): {course}"
+        yield Finding("note", f"{seen}; it need not fall where the model learns. A held-out loss or task tells.")
+    elif len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
         seen = f"Training loss {first:.3f} in the first step, {last:.3f} in the last"
         yield Finding("note", f"{seen}; so few steps do not say what it did.")
     elif last > first * (1 + NOTHING_LEARNED):
@@ -178,7 +203,7 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
 
 def _not_finite(run: RunRecord) -> Iterator[Finding]:
     """Held-out losses that were NaN or infinite."""
-    broken = [each["step"] for each in run.held_out if each["loss"] is None]
+    broken = [each["step"] for each in run.all_held_out if each["loss"] is None]
     if broken:
         named = ", ".join(f"{step:,}" for step in broken[:_NAMED]) + (", ..." if len(broken) > _NAMED else "")
         where = "before the first step" if broken == [0] else f"after step {named}"
@@ -238,10 +263,21 @@ def _overfitting(run: RunRecord, last: JsonObject) -> Iterator[Finding]:
             advice = "Train on more data." if _has_few_steps(run) else f"Save the best weights: {shorter}"
             yield Finding("warning", seen, advice)
     both = run.loss_ends
-    if both is not None and both[1] < MEMORISED * last["loss"]:
+    if run.is_cross_entropy and both is not None and both[1] < MEMORISED * last["loss"]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
         epochs = "" if _has_few_steps(run) else ", fewer epochs"
         yield Finding("note", seen, f"More data{epochs} or an adapter of lower rank close that gap.")
+
+
+def _left_out(run: RunRecord) -> Iterator[Finding]:
+    """Evaluations on other held-out examples, or on other items of a task, than those of the last one."""
+    tasks = {own["task"]: None for line in run.evaluations for own in line.get("tasks", ())}
+    known = [("held-out examples", run.all_held_out, run.held_out)]
+    known += [(f"items of {task}", run.all_of_task(task), run.of_task(task)) for task in tasks]
+    for what, measured, compared in known:
+        if num := len(measured) - len(compared):
+            seen = f"{counted(num, 'evaluation')} had other {what} than the last one"
+            yield Finding("note", f"{seen}: figures of the two cannot be compared, and these are left out.")
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

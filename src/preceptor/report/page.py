@@ -16,7 +16,7 @@ from preceptor.report import curves, facts
 from preceptor.report.comparison import read_comparison
 from preceptor.report.findings import judge
 from preceptor.report.plots import Panel, Plot, draw
-from preceptor.report.run_record import RunRecord, flat, read_run
+from preceptor.report.run_record import PromptSamples, RunRecord, flat, read_run
 from preceptor.report.skeleton import style_and_script, templates
 
 REPORT = "report.html"
@@ -98,10 +98,22 @@ def page_of_runs(runs: Sequence[RunRecord]) -> str:
         differences=facts.side_by_side([flat({**run.config, "out": None}) for run in runs], differing=True),
         environments=facts.environment_differences(runs),
         curves=draw_all(curves.panels(runs, names), "c"),
-        common=[(key[1], [own.get(key) for own in samples]) for key in common[:MOST_PROMPTS]],
+        common=[
+            (key[1], by_run := [own.get(key) for own in samples], _bases(by_run, names))
+            for key in common[:MOST_PROMPTS]
+        ],
         first=FIRST_PROMPTS,
         commands=[repeat_command(run) for run in runs],
     )
+
+
+def _bases(by_run: Sequence[PromptSamples | None], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, answer) of each distinct answer of the base models to a prompt; several are labelled by their runs."""
+    found: dict[str, list[str]] = {}
+    for one, name in zip(by_run, names, strict=True):
+        if one is not None and one.base is not None:
+            found.setdefault(one.base, []).append(name)
+    return [(f"base of {', '.join(own)}" if len(found) > 1 else "base", answer) for answer, own in found.items()]
 
 
 def distinct_names(runs: Sequence[RunRecord]) -> list[str]:

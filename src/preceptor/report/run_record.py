@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from preceptor.errors import CheckpointError
 from preceptor.files import read_json, read_json_lines, read_run_file
 
 JsonObject = dict[str, Any]
+EvalLine = TypeVar("EvalLine", bound=Mapping[str, Any])
+
+NATS = "nats per trained token"  # of a held-out loss
 
 LINES = ("metrics", "eval", "samples", "rejections", "examples")  # .jsonl
 OBJECTS = ("summary", "environment", "data", "compare")  # .json
@@ -47,6 +50,16 @@ class RunRecord:
         """Steps taken so far."""
         return max((int(own[-1]["step"]) for own in (self.steps, self.skipped) if own), default=0)
 
+    @property
+    def memory_before_bytes(self) -> int:
+        """What the process held before the model was loaded (on a CPU), as far as that is known."""
+        return int(self.summary.get("memory_before_bytes") or self.data.get("memory_before_bytes") or 0)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether a finished run took fewer steps than were planned: by `train.patience`, or by its program."""
+        return not self.summary.keys().isdisjoint(("stopped_early", "ended_by_program"))
+
     def until(self, step: int) -> Self:
         """The record as it was after a step. What was measured after the run is of its last one, and left out."""
         names = ("steps", "skipped", "evaluations", "samples")
@@ -63,9 +76,22 @@ class RunRecord:
         return DataCounts(self.data["num_examples"] - measured, len(self.rejections) - lost, measured, lost)
 
     @property
-    def held_out(self) -> list[JsonObject]:
+    def all_held_out(self) -> list[JsonObject]:
         """The evaluations that measured a held-out loss. It is null where it was not finite."""
         return [evaluation for evaluation in self.evaluations if "loss" in evaluation]
+
+    @property
+    def held_out(self) -> list[JsonObject]:
+        """Those of `all_held_out` with the held-out examples of the last one: other losses are not compared."""
+        return measured_on_the_same(self.all_held_out, "held_out")
+
+    def all_of_task(self, name: str) -> list[JsonObject]:
+        """The evaluations that measured a task."""
+        return [line for line in self.evaluations if any(own["task"] == name for own in line.get("tasks", ()))]
+
+    def of_task(self, name: str) -> list[JsonObject]:
+        """Those of `all_of_task` with the items of the last one."""
+        return measured_on_the_same(self.all_of_task(name), name)
 
     def of_model(self, lines: Sequence[JsonObject]) -> list[JsonObject]:
         """Those up to the step of the saved model, which `checkpoint.best` may choose before the last; else all."""
@@ -73,14 +99,32 @@ class RunRecord:
 
     @property
     def held_out_of_model(self) -> list[JsonObject]:
-        """Those of `held_out` up to the saved model's: its own is the last."""
-        return self.of_model(self.held_out)
+        """Those up to the saved model's, with its held-out examples: its own is the last."""
+        return measured_on_the_same(self.of_model(self.all_held_out), "held_out")
 
     @property
     def loss_ends(self) -> tuple[float, float] | None:
         """Training loss over the first and the last tenth of the steps; None for fewer than two steps."""
         tenth = max(1, len(self.steps) // 10)
         return (_mean_loss(self.steps[:tenth]), _mean_loss(self.steps[-tenth:])) if len(self.steps) > 1 else None
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the training loss falls where the model learns: that of `dft` or of the user's own need not."""
+        loss = self.config.get("loss") or {}
+        return loss.get("code") is None and loss.get("type", "nll") == "nll"
+
+    @property
+    def loss_unit(self) -> str:
+        """What the training loss is measured in."""
+        loss = self.config.get("loss") or {}
+        if loss.get("code") is not None:
+            unit = "units of loss.code"
+        else:
+            unit = "nats" if self.is_cross_entropy else "nats times probability"
+        mean = ", mean of conversations" if loss.get("reduction", "token") == "conversation" else " per trained token"
+        added = " and ".join(key for key in ("label_smoothing", "z_loss", "kl_coef") if loss.get(key))
+        return f"{unit}{mean}{', with ' * bool(added)}{added}"
 
     @cached_property
     def prompts(self) -> list["PromptSamples"]:
@@ -175,6 +219,15 @@ def in_figures(value: float | None, form: str = ".4f") -> str:
     return "not finite" if value is None else format(value, form)
 
 
+def measured_on_the_same(lines: Sequence[EvalLine], what: str | None) -> list[EvalLine]:
+    """The evaluations with the held-out examples (`held_out`), or the items of a task, of the last one.
+
+    By the hashes of `measured_on`, which lines of older versions do not have.
+    """
+    known = [line.get("measured_on", {}).get(what) for line in lines]
+    return [line for line, own in zip(lines, known, strict=True) if own in (None, known[-1])]
+
+
 def up_to(lines: Sequence[JsonObject], step: int | None) -> list[JsonObject]:
     """The lines up to a step; None: all."""
     return [line for line in lines if step is None or line["step"] <= step]
@@ -185,7 +238,7 @@ def tokens_per_second(step: JsonObject) -> float | None:
 
 
 def _mean_loss(steps: Sequence[JsonObject]) -> float:
-    """Nats per trained token over some steps."""
+    """As the steps have it, in their `loss_unit`, over some of them."""
     num = sum(step.get("num_trained", 1) for step in steps)
     return sum(step["loss"] * step.get("num_trained", 1) for step in steps) / max(1, num)
 

@@ -14,6 +14,7 @@ from typing import Any
 from preceptor import config
 from preceptor.errors import counted
 from preceptor.evaluate.intervals import paired_interval
+from preceptor.report.run_record import measured_on_the_same
 
 Evaluation = Mapping[str, Any]
 _LOWER_IS_BETTER = ("loss", "bits_per_byte")
@@ -21,7 +22,7 @@ _LOWER_IS_BETTER = ("loss", "bits_per_byte")
 
 def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dict[str, Any]:
     """What the line after `lines` gets: whether it improves, on which step, and by how much."""
-    own_lines = _measured_on_the_same([*lines, line], "held_out")[:-1]
+    own_lines = measured_on_the_same([*lines, line], "held_out")[:-1]
     improved = [own for own in own_lines if own.get("improvement", {}).get("improves")]
     finite = [own for own in improved if _is_finite(own)]
     if improved and not _is_finite(line):
@@ -57,19 +58,13 @@ def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str
 
 def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] | None:
     """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones. Its value is finite."""
-    lines = _measured_on_the_same(lines, best if (best := run.checkpoint.best) in run.eval.tasks else "held_out")
+    lines = measured_on_the_same(lines, best if (best := run.checkpoint.best) in run.eval.tasks else "held_out")
     found: list[tuple[float, int, float]] = []
     for line in lines:
         name, value = _figure(line, run)
         if line["step"] and value is not None and math.isfinite(value):
             found.append((-value if name in _LOWER_IS_BETTER else value, line["step"], value))
     return max(found, key=lambda each: each[0])[1:] if found else None
-
-
-def _measured_on_the_same(lines: Sequence[Evaluation], what: str | None) -> list[Evaluation]:
-    """Those that were measured on the held-out examples, or the items of a task, of the last line."""
-    known = [line.get("measured_on", {}).get(what) for line in lines]
-    return [line for line, own in zip(lines, known, strict=True) if own in (None, known[-1])]
 
 
 def _figure(line: Evaluation, run: config.Run) -> tuple[str | None, float | None]:

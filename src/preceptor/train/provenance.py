@@ -28,7 +28,7 @@ from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.evaluate.tasks import Task
-from preceptor.files import sha256_of, write_json, write_json_lines
+from preceptor.files import read_json, read_json_lines, sha256_of, write_json, write_json_lines
 from preceptor.hub import find_file, resolve_model_path
 from preceptor.train.differences import (
     base_differences,
@@ -55,6 +55,23 @@ def write_start(folder: Path, prepared: Prepared, amounts: Mapping[str, Any]) ->
     write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections_beside))
     write_json(folder / "data.json", amounts)
     write_json_lines(folder / "examples.jsonl", examples(prepared.train, prepared.chat.tokenizer))
+
+
+def renew_held_out(folder: Path, prepared: Prepared) -> None:
+    """Of a run that goes on, whose held-out examples may be others: their counts, and what is rejected of them.
+
+    Raises CheckpointError.
+    """
+    file, rejections = folder / "data.json", folder / "rejections.jsonl"
+    known, now = read_json(file), _held_out_amounts(prepared)
+    before = known.get("held_out")
+    if before is None:  # of an older version
+        return
+    for key in ("num_examples", "num_rejected"):
+        known[key] += now["held_out"][key] - before[key]
+    of_windows = [line for line in read_json_lines(rejections, lambda _: None) if "window" in line]
+    write_json_lines(rejections, [*map(asdict, prepared.rejections_beside), *of_windows])
+    write_json(file, {**known, **now})
 
 
 # Where and with what
@@ -191,8 +208,7 @@ def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -
         "num_examples": prepared.num_examples,
         "num_rejected": len(prepared.rejections),
         "examples_per_epoch": None if prepared.stream else prepared.examples_per_epoch,
-        "num_held_out": len(prepared.held_out),
-        "held_out": dict(zip(("num_examples", "num_rejected"), prepared.num_measured, strict=True)),
+        **_held_out_amounts(prepared),
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
@@ -207,6 +223,13 @@ def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -
         "steps_per_epoch": loader.steps_per_epoch or None,
         "num_steps": num_steps,
         "lengths": {"trees": histogram(prepared.train.lengths), "targets": histogram(prepared.train.target_lengths)},
+    }
+
+
+def _held_out_amounts(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "num_held_out": len(prepared.held_out),
+        "held_out": dict(zip(("num_examples", "num_rejected"), prepared.num_measured, strict=True)),
     }
 
 

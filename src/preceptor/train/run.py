@@ -38,7 +38,7 @@ from preceptor.train.loop import Loop, Step
 from preceptor.train.optimizer import compile_update, optimizer_memory, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import amounts, record_of_first, session, write_start
+from preceptor.train.provenance import amounts, record_of_first, renew_held_out, session, write_start
 from preceptor.train.quantized import take_adapter
 from preceptor.train.run_folder import RunFolder, longer
 from preceptor.train.signals import StopRequest
@@ -201,6 +201,7 @@ class Training:
             world.first(lambda: folder.lengthen(config.dump(run), self._num_steps))
             say(f"lengthened to {counted(self._num_steps, 'step')}; goes on after step {state.step:,}")
         world.first(lambda: folder.go_on(state.step, session(state.model.device, world.size), say))
+        world.first(lambda: renew_held_out(folder.path, self.prepared))
         self._checkpoints.best = world.first(lambda: folder.best_step(run))  # of the evaluations up to there
         self._checkpoints.prune(state.step)
 

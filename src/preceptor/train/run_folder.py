@@ -19,6 +19,7 @@ OUT/STOP, OUT/SAVE   made by the user: the run saves after its step, and ends, o
 OUT/.lock            held by the process that uses the folder, released when that process ends, however it ends
 """
 
+import math
 import os
 import re
 import shlex
@@ -193,7 +194,8 @@ class RunFolder:
     def summarise(self, seconds: float | None = None) -> dict[str, Any]:
         """Write summary.json from what the run has recorded, unless it is there; return it.
 
-        seconds: of this session; None: those of all recorded steps.
+        seconds: of this session, in which the run was trained. Where several sessions did, as for None, those of all
+        recorded steps count, with the compiling of layers.
         """
         known = _readable(self.path / SUMMARY)
         if known:
@@ -201,6 +203,9 @@ class RunFolder:
         steps, outcome = read_json_lines(self.path / "metrics.jsonl", lambda _: None), self.record.get("outcome", {})
         evaluations = up_to(self.evaluations, outcome.get("model_step"))
         data = read_json(self.path / "data.json")
+        if seconds is None or self.record.get("resumed"):
+            keys = ("seconds", "compile_seconds")
+            seconds = math.fsum(line.get(key) or 0 for key in keys for line in steps) + (data.get(keys[1]) or 0)
         summary = {
             **{
                 key: value
@@ -212,7 +217,7 @@ class RunFolder:
             **outcome,
             "held_out": evaluations[-1] if evaluations else {},
             "model_files": _files_in(self.path / "model"),
-            "seconds": sum(step["seconds"] for step in steps) if seconds is None else seconds,
+            "seconds": seconds,
         }
         write_json(self.path / SUMMARY, summary)
         return summary

@@ -202,10 +202,14 @@ def _says(look: RunLook, state: WatchState) -> str:
             return f"by {process_in_words(holder)}, whose lock cannot be seen from here{ago}"
         case "stopped":
             return _stopped(run, holder)
-    early = run.summary.get("stopped_early")
+    how = "".join(
+        f", {said}"
+        for key, said in (("stopped_early", "stopped early"), ("ended_by_program", "ended by the program"))
+        if key in run.summary
+    )
     seconds = run.summary.get("seconds")
     took = f" in {in_time(seconds)}" if isinstance(seconds, int | float) else ""
-    return f"finished after step {run.num_steps:,}{took}" + (", stopped early" if early else "")
+    return f"finished after step {run.num_steps:,}{took}{how}"
 
 
 def _stopped(run: RunRecord, holder: LockHolder | None) -> str:
@@ -243,7 +247,7 @@ def _seconds_left(run: RunRecord, planned: int | None) -> float | None:
 def _memory_bytes(run: RunRecord, last: JsonObject) -> int | None:
     """The peak so far, without what the process held before the model was loaded (on a CPU)."""
     peak = last.get("peak_memory_bytes")
-    return max(0, peak - (run.data.get("memory_before_bytes") or 0)) if isinstance(peak, int) else None
+    return max(0, peak - run.memory_before_bytes) if isinstance(peak, int) else None
 
 
 def _held_out(run: RunRecord) -> dict[str, Any] | None:

@@ -174,7 +174,8 @@ def _findings(status: dict[str, Any], unicode: bool) -> Iterator[Text]:
 def _plot(run: RunRecord, width: int, rows: int, unicode: bool) -> list[Text]:
     """Training and held-out loss, with a legend."""
     curves = []
-    for name, lines, marks in (("training", run.steps, False), ("held out", run.held_out, True)):
+    training = "training" if run.is_cross_entropy else f"training, {run.loss_unit}"
+    for name, lines, marks in ((training, run.steps, False), ("held out", run.held_out, True)):
         points = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
         if points:
             x, y = zip(*points, strict=True)
