@@ -313,3 +313,12 @@ def test_an_epoch_counts_what_is_replayed_as_training_does(run_file, write_jsonl
     assert mixture["num_trained"] == sum(tree.num_trained for tree in trees)
     drawn = sum("replayed.jsonl" in tree.source for tree in trees)
     assert [source["num_examples"] for source in mixture["sources"]] == [8, drawn] and drawn > 1
+
+
+def test_a_template_that_no_example_uses_is_said(run_file, check):
+    said = "no example uses data.chat_template: none is a conversation"
+    pair = {"prompt": "What is it?", "completion": " It is."}
+    code, out, err = check(run_file([pair, {"text": "Long ago."}]))
+    assert code == 0 and said in out, err
+    assert said not in check(run_file([pair, *conversations(1)]))[1]
+    assert said not in check(run_file([pair], data__chat_template=None))[1]

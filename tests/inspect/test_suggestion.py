@@ -130,6 +130,14 @@ def test_the_file_says_which_tokens_the_template_adds(special, given, says, tmp_
     assert f"  chat_template: {says}\n" in found.text("s.json", "x")
 
 
+def test_a_template_that_no_example_uses_is_named_so(base_folder, write_jsonl):
+    data = {"train": [{"path": write_jsonl([{"prompt": "a", "completion": "b"}])}], "chat_template": "chatml"}
+    run = config.build({"model": {"path": str(base_folder)}, "data": data, "out": "-"}, "test")
+    device = DeviceSpec("a device", 10**9, None, None)
+    found = suggest(run, read_lengths(run), read_model(run.model), "no data", device, "no such layers")
+    assert "  chat_template: chatml          # no example uses it: none is a conversation" in found.text("s.json", "x")
+
+
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,8 @@ from preceptor.config import ROW_KEYS, Data, Source
 from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Example, Rejection
-from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
+from preceptor.data.formats.columns import has_format, unknown_format
+from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, read_row
 from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, RecordList, TableFile, find_tables
 from preceptor.data.formats.text_files import parse_line
 from preceptor.data.formats.values import Row, TableRows, Unreadable
@@ -120,7 +121,7 @@ class OpenSource:
         if self.source.columns and not has_format(list(self.source.columns)):
             raise ConfigError(
                 f"{self.source.path}: `columns` names {', '.join(self.source.columns)}, which make no format: "
-                f"{unknown_format(dict.fromkeys(self.source.columns))}"
+                f"{unknown_format(dict.fromkeys(self.source.columns), self.source.columns)}"
             )
         self.tables = find_tables(self.source)
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None

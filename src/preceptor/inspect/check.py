@@ -132,6 +132,11 @@ class Check:
         """Whether an example is left to train and the run file allows every rejection."""
         return self.rejections.num_not_allowed == 0 and len(self.train) > 0 and self.holds_out_nothing is None
 
+    @property
+    def template_unused(self) -> bool:
+        """Whether the run file names a chat template that no example uses."""
+        return self.run.data.chat_template is not None and len(self.train) > 0 and not self.has_conversations
+
     def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection) -> None:
         """Count one entry of the part `train`, `eval` or `replay`, with its trees or rejection."""
         table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
@@ -221,6 +226,7 @@ def to_json(found: Check) -> dict[str, Any]:
         "shortened": asdict(found.shortened),
         "left_out": found.counts.left_out(),
         "no_header": found.has_conversations and not found.asks,
+        "template_unused": found.template_unused,
         "thinking": found.counts.thinking(),
         "template_defaults": found.counts.defaults(),
         "unread_template_kwargs": found.counts.unread(),

@@ -44,6 +44,11 @@ def _tokens(found: dict[str, Any]) -> str:
             "the template adds nothing that asks for an answer, so the model writes the header of its message itself; "
             "a template that has add_generation_prompt does it for the model"
         )
+    if found["template_unused"]:
+        more.append(
+            "no example uses data.chat_template: none is a conversation. Two texts under prompt and completion, and "
+            "text, are trained as they are; `columns: {prompt: ..., response: ...}` makes a question and its answer"
+        )
     return "\n".join([*_lengths("Tokens", found), *(f"  {line}" for line in [saved, *more])])
 
 

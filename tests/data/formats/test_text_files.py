@@ -132,7 +132,11 @@ BROKEN = {
     "csv not closed": ("a.csv", b'text\na\n"b\n', r"a\.csv:3: broken CSV: unexpected end of data"),
     "csv twice": ("a.csv", b"text,text\na,b\n", "two columns are named 'text'"),
     "csv columns": ("a.csv", b"frage,antwort\na,b\n", "the keys are 'frage', 'antwort'; an example needs messages"),
-    "csv semicolons": ("a.csv", b"prompt;response\na;b\n", "the keys are 'prompt;response'; an example needs"),
+    "csv semicolons": (
+        "a.csv",
+        b"prompt;response\na;b\n",
+        "the keys are 'prompt;response': its cells are separated by ';'; separate",
+    ),
     "parquet": ("a.parquet", b"PAR1" + b"x" * 99, r"a\.parquet: cannot be read: .*Write or download the file again"),
     "kind": ("a.xlsx", b"x", "what kind of file it is cannot be told from its name; it must end in .jsonl"),
 }
