@@ -5,6 +5,7 @@ prompt and what must follow it, as plain strings) or a `Document` (plain text, e
 its `source`, "file:line". What cannot be trained is a `Rejection` with a reason code and a sentence.
 """
 
+import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,12 @@ def read_message(raw: object, where: str) -> Message:
         raise Unreadable("bad_message", f"{where} is {type(raw).__name__}, not an object with role and content")
     role = raw.get("role")
     if role not in ROLES:
-        raise Unreadable("unknown_role", f"{where} has role {short(role)}; known roles are {', '.join(ROLES)}")
+        near = difflib.get_close_matches(str(role).lower(), ROLES, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise Unreadable("unknown_role", f"{where} has role {short(role)}; {meant}known roles are {', '.join(ROLES)}")
+    under = next((key for key in ("text", "value", "message") if isinstance(raw.get(key), str)), None)
+    if under is not None and not raw.get("content") and not raw.get("tool_calls"):
+        raise Unreadable("bad_message", f"{where} has no content; its text is under {under!r}: write it as content")
     _check_fields(raw, where)
     train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):

@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from preceptor.config import ROW_KEYS, Data, Source
@@ -294,4 +295,7 @@ def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:
                 f"(it has {', '.join(columns)})"
             )
     if columns and not source.columns and not has_format(columns):
-        raise DataError(f"{name}: {unknown_format(dict.fromkeys(columns))}")
+        first = ""
+        if {".csv", ".tsv"} & set(PurePath(name).suffixes):
+            first = ". Line 1 is read as the header; if it is an example, put one above, such as question,answer"
+        raise DataError(f"{name}: {unknown_format(dict.fromkeys(columns))}{first}")

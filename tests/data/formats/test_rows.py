@@ -246,6 +246,10 @@ def test_nulls_that_a_json_file_holds_are_meant():
             for value in (True, {"text": "so"})
         ),
         ({"messages": [USER, {**ANSWER, "content": "a\ud83d"}]}, "broken_character", "messages[1].content"),
+        ({"messages": [{"role": "User", "content": "Hi"}, ANSWER]}, "unknown_role", "did you mean 'user'? known"),
+        ({"messages": [USER, {**ANSWER, "role": "asistant"}]}, "unknown_role", "did you mean 'assistant'?"),
+        ({"messages": [USER, {"role": "assistant", "text": "a"}]}, "bad_message", "its text is under 'text'"),
+        ({"messages": [{"role": "user", "text": "a"}, ANSWER]}, "bad_message", "messages[0] has no content; its text"),
         ({"conversation": [USER, ANSWER]}, "unknown_format", "set `columns: {messages: conversation}`"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
         ({"query": "a", "reply": "b"}, "unknown_format", "such as `columns: {question: query, answer: reply}`"),
