@@ -1,6 +1,7 @@
 """`preceptor check`: what it counts against counts made another way, what it prints, and when it passes."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -313,6 +314,29 @@ def test_an_epoch_counts_what_is_replayed_as_training_does(run_file, write_jsonl
     assert mixture["num_trained"] == sum(tree.num_trained for tree in trees)
     drawn = sum("replayed.jsonl" in tree.source for tree in trees)
     assert [source["num_examples"] for source in mixture["sources"]] == [8, drawn] and drawn > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "bert (BertForMaskedLM) is no causal language"),
+        ({"vocab_size": 100}, "the model has 100 embeddings and its tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "init", "train"])
+def test_a_model_that_cannot_be_trained_is_refused_before_its_weights(
+    command, changes, says, run_file, preceptor, base_folder, tmp_path
+):
+    shutil.copytree(base_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
+    file = run_file(model__path=str(tmp_path / "base"))
+    given = [command, file]
+    if command == "init":
+        given = ["init", tmp_path / "new.yaml", "--model", tmp_path / "base", "--data", tmp_path / "train.jsonl"]
+    code, _, err = preceptor(*map(str, given))
+    assert code == 5 and says in err, err
+    assert not (tmp_path / "new.yaml").exists()
 
 
 def test_a_template_that_no_example_uses_is_said(run_file, check):

@@ -186,6 +186,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
         for part, source, most in sources:
             for entry, fitted in read_trees(source, fitter, num_processes, most=most):
                 found.count(part, entry, fitted)
+                chat.require_rows([] if isinstance(fitted, Rejection) else [tree for _, tree in fitted])
                 num_split_off += part == "eval" and source.side is not None and not isinstance(fitted, Rejection)
                 on_example()
             if part in found.trees:
@@ -255,7 +256,9 @@ def _few_steps(found: Check, num_tokens: int) -> str | None:
     sequences = math.ceil(num_tokens / run.data.max_length)
     per_epoch = math.ceil(sequences / run.train.batch_size)
     longest = max((int(part.of["example"].all.max()) for part in found.trees.values() if part.trained), default=0)
-    return few_steps(run.train.duration.steps(per_epoch), per_epoch, num_tokens, longest) if num_tokens else None
+    duration = run.train.duration
+    by_epochs = duration.unit == "epochs"
+    return few_steps(duration.steps(per_epoch), per_epoch, num_tokens, longest, by_epochs) if num_tokens else None
 
 
 def _mixture(found: Check) -> dict[str, Any] | None:

@@ -101,6 +101,7 @@ def read_lengths(run: config.Run) -> DataLengths:
                 counts.add(found)
             else:
                 lengths += [tree.num_tokens for _, tree in found]
+                chat.require_rows(tree for _, tree in found)
                 has_conversations |= any(isinstance(example, Conversation) for example, _ in found)
         num_read += num
         is_whole = next(entries, None) is None
