@@ -15,6 +15,7 @@ from preceptor.data import reading, workers
 from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Segment, Tree, leaf_path_lengths, turn_lengths
 from preceptor.data.sources import OpenSource
+from preceptor.errors import DataError
 from preceptor.inspect.check import Lengths, check_data, to_json
 from preceptor.inspect.check_text import to_text
 from preceptor.train.prepare import prepare
@@ -60,6 +61,14 @@ def test_turns_of_a_chain_and_of_a_tree_with_a_split_target():
     )
     assert turn_lengths(split) == [(5, 8), (10, 4)] and leaf_path_lengths(split) == [13, 14]
     assert turn_lengths(Tree("x:1", (segment("target", 7, None),))) == [(0, 7)]
+
+
+def test_leaving_out_is_no_advice_where_nothing_would_be_left():
+    tally = RejectionCounts([], [Rejection("x:1", A, "no turn")])
+    with pytest.raises(DataError, match=r"Fix the data: none of them is left$"):
+        tally.require_few(1, 1, 0.0)
+    with pytest.raises(DataError, match=r"Fix the data, or let .*`data\.allow_rejected: \[no_turn\]`$"):
+        tally.require_few(1, 2, 0.0)
 
 
 def test_lengths_and_where_the_longest_stands():
@@ -176,6 +185,9 @@ def test_it_passes_only_if_every_rejection_is_allowed(check, run_file):
     assert code == 0 and "passed: every example is proved except 2 rejected examples, which the run file allows" in out
     code, out, _ = check(run_file(rows[3:], data__allow_rejected=allowed))
     assert code == 3 and "no example is left to train" in out
+    code, out, _ = check(run_file(rows[3:]))
+    assert code == 3 and "rejected. Fix the data: no example is left to train" in out
+    assert "data.allow_rejected" not in out, "which would leave none"
     code, out, _ = check(run_file(data__allow_rejected=["empty_text"]))
     assert code == 0 and "data.allow_rejected allows empty_text, but no example was rejected" in out
 

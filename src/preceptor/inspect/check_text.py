@@ -118,9 +118,10 @@ def _verdict(found: dict[str, Any]) -> str:
         lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it")
     if found["num_rejected_not_allowed"]:
         codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
+        helps = f", or let such examples be left out with `data.allow_rejected: [{codes}]`"
         lines.append(
-            f"not passed: {counted(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data, or let "
-            f"such examples be left out with `data.allow_rejected: [{codes}]`"
+            f"not passed: {counted(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data"
+            f"{helps if found['num_tokens'] else ': no example is left to train'}"
         )
     elif found["holds_out_nothing"]:
         lines.append(f"not passed: {found['holds_out_nothing']}")

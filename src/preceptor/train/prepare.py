@@ -131,8 +131,8 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         stream, tables, tuning_N = _first_window(windows, reader, partial(_opened, run, chat, replay))
     counts = _few_rejected(run, reader)
     if not len(tuning_N):
-        why = "weight too small" if sum(map(len, tables)) else "data.eval_size holds all of them out"
-        raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
+        why = "; weight too small" if sum(map(len, tables)) else "; data.eval_size holds all of them out"
+        raise DataError("data.train: no example is left to train" + (f":\n{counts}" if str(counts) else why))
     dataset = _dataset(run, chat, _mixture(run, tables, tuning_N, replay))
     found = reader.counts
     assert isinstance(found, TrainedCounts)
