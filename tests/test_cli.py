@@ -215,12 +215,18 @@ def test_an_interrupted_training_exits_75(preceptor, run_file, monkeypatch):
     assert code == 75 and "stopped by SIGINT before the first step" in err
 
 
-def test_few_steps_are_said_before_and_in_training(preceptor, run_file):
+def test_few_steps_are_said_before_and_in_training(preceptor, run_file, tmp_path):
     file = run_file(conversations(46), train={"duration": "3 epochs"}, data__max_length=1024)
     said = "optimizer steps, too few to learn much (under 50): `train.batch_size: 1` with `data.max_length: "
     for command in ("check", "train"):
         code, out, _ = preceptor(command, file)
         assert code == 0 and "only 3 " + said in out, (command, out)
+    file = run_file(conversations(46), train={"duration": "2 steps"}, out=str(tmp_path / "run-in-steps"))
+    for command in ("check", "train", "report"):
+        code, out, _ = preceptor(command, tmp_path / "run-in-steps" if command == "report" else file)
+        text = out if command != "report" else (tmp_path / "run-in-steps" / "report.html").read_text()
+        assert code == 0 and "`train.duration`, which is in steps: an epoch has" in text, (command, out)
+        assert "`train.batch_size: 1`" not in text
     code, out, _ = preceptor("check", run_file(conversations(46), train={"duration": "50 steps"}))
     assert "too few to learn" not in out
 

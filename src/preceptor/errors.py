@@ -94,7 +94,7 @@ class ProcessError(PreceptorError, RuntimeError):
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether this is Python's, torch's or a CUDA library's error for want of memory. torch is not imported here."""
     if isinstance(error, PreceptorError):
         return False

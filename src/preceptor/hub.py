@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from preceptor.errors import ModelError, command, first_line
 from preceptor.files import LIVE
@@ -202,6 +203,26 @@ def copy_file(file: Path, copy: Path) -> None:
     """Into a folder that is made where it is missing."""
     copy.parent.mkdir(exist_ok=True)
     shutil.copyfile(file, copy)
+
+
+def causal_kind(place: str, settings: Any) -> Literal["text", "multimodal"]:
+    """Whether a causal language model reads text alone, by its config. Raises ModelError for what is none."""
+    from transformers.models.auto import modeling_auto as auto
+
+    named = set(settings.architectures or ())
+    if "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {}):
+        return "text"
+    kinds: dict[Literal["text", "multimodal"], Any] = {
+        "text": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "multimodal": auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+    for kind, mapping in kinds.items():
+        known = mapping.get(settings.model_type, ())
+        known = {known} if isinstance(known, str) else set(known)
+        if known and (not named or named & known) and not settings.is_encoder_decoder:
+            return kind
+    found = f"{settings.model_type} ({', '.join(sorted(named))})" if named else settings.model_type
+    raise ModelError(f"{place}: {found} is no causal language model; only those can be trained here")
 
 
 def cannot_load(place: str, what: str, error: Exception) -> ModelError:

@@ -38,23 +38,33 @@ def unclear():
     return row(shares(60, 0.5, 1), shares(60, 0.5, 2), "own/letters.jsonl")
 
 
-def test_a_loss_is_told_in_points_with_its_half_width():
+def test_a_loss_is_told_in_points_with_the_ends_of_its_interval():
     figures = lost()["figures"]["accuracy"]
     assert figures["num_changed"] == 40
-    half = 100 * (figures["difference"]["high"] - figures["difference"]["low"]) / 2
-    assert sentence(lost()) == f"lost 10.0 ± {half:.1f} points on arithmetic" and 2.5 < half < 3.5
+    low, high = (100 * figures["difference"][end] for end in ("low", "high"))
+    assert sentence(lost()) == f"lost 10.0 points ({-high:.1f} to {-low:.1f}) on arithmetic"
+    assert -14 < low < -12 < -8 < high < -6
 
 
 def test_a_gain_of_what_was_trained_stands_apart_from_the_tax():
     gained = row(np.zeros(100), np.ones(100), "scholar:heldout", "trained")
     first, second = verdict([gained, lost(), unclear()], None)
-    assert first.startswith("On what was trained: gained 100.0 ± ") and first.endswith(" points on heldout.")
-    assert second.startswith("Outside it: lost 10.0 ± ") and "; no gain; no significant change on letters" in second
+    assert first.startswith("On what was trained: gained 100.0 points (") and first.endswith(" to 100.0) on heldout.")
+    assert (
+        second.startswith("Outside it: lost 10.0 points (") and "; no gain; no significant change on letters" in second
+    )
 
 
 def test_what_cannot_be_told_from_zero_is_no_change():
     text = sentence(unclear())
-    assert text.startswith("no significant change on letters (") and "±" in text
+    assert text.startswith("no significant change on letters (") and "±" not in text
+    figures = unclear()["figures"]["accuracy"]["difference"]
+    assert (
+        "{value:+.1f} points, {low:+.1f} to {high:+.1f}".format(
+            **{key: 100 * figures[key] for key in ("value", "low", "high")}
+        )
+        in text
+    ), "as the table has them"
     (told,) = verdict([unclear()], None)
     assert "no loss that so few items can show; no gain" in told
 
@@ -73,7 +83,7 @@ def test_nothing_changed_and_one_item():
 def test_more_bits_per_byte_are_worse(factor, word, relative):
     bits = 50 + np.random.default_rng(0).random(50)
     told = sentence(row(bits, bits * factor, "stories.jsonl", "text", "perplexity"))
-    assert told.startswith(f"predicts stories {word} by 0.05") and told.endswith(f"bits per byte ({relative})")
+    assert told.startswith(f"predicts stories {word} by 0.05") and told.endswith(f"), {relative}")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -130,4 +140,8 @@ def test_names_of_several_tasks_are_distinct(tasks, expected):
 def test_sentences_say_which_of_two_tasks_of_one_name():
     entries = [row(np.ones(400), np.where(np.arange(400) < num, 0.0, 1.0), f"{num}/test.jsonl") for num in (40, 80)]
     (told,) = verdict(entries, None)
-    assert told.startswith("The tax: lost 10.0 ± ") and " on 40/test; lost 20.0 ± " in told and " on 80/test;" in told
+    assert (
+        told.startswith("The tax: lost 10.0 points (")
+        and " on 40/test; lost 20.0 points (" in told
+        and " on 80/test;" in told
+    )

@@ -72,11 +72,27 @@ def test_the_commonest_names_are_known_and_none_is_a_key_of_this_program_at_anot
         ("train__weight_decay", "train.weight_decay: unknown key; here it is optimizer.weight_decay"),
         ("data__train__0__max_length", "data.train.0.max_length: unknown key; here it is data.max_length"),
         ("split", "split: unknown key; here it is data.train[].split or data.eval[].split or replay.data[].split"),
+        ("lora", "lora: unknown key; here it is adapter (such as `{kind: lora, rank: 16}`)"),
         ("optimizer__weight_decy", "optimizer.weight_decy: unknown key; did you mean 'weight_decay'?"),
     ],
 )
 def test_a_key_of_this_program_in_the_wrong_place_leads_to_the_right_one(place, sentence):
     assert mistakes(**{place: 1}) == f"run.yaml: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("key", "nested"),
+    [
+        ("model.dtype", "model: {dtype: ...}"),
+        ("train.seed", "train: {seed: ...}"),
+        ("adapter.rank", "adapter: {rank: ...}"),
+    ],
+)
+def test_a_dotted_key_in_the_file_is_written_out(key, nested):
+    with pytest.raises(ConfigError) as caught:
+        config.build({"model": {"path": "m"}, "data": {"train": [{"path": "d"}]}, "out": "o", key: 1}, "run.yaml")
+    said = f"run.yaml: {key}: unknown key; write `{nested}`; dotted keys are for the command line"
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(("place", "sentence"), INSTEAD_OF_SECTIONS.items())

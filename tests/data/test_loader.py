@@ -73,6 +73,9 @@ def test_few_steps_are_told_with_what_makes_more():
     add = "(under 50): add examples, or raise `train.duration`"
     assert few_steps(3, 3, 500, 90).endswith(add)
     assert few_steps(40, 40, 40 * 128, 128).endswith(add), "batches of 1 of the longest example's length already"
+    in_steps = few_steps(2, 900, 10**6, 90, by_epochs=False)
+    assert in_steps.endswith("(under 50): raise `train.duration`, which is in steps: an epoch has 900")
+    assert few_steps(50, 2, 10_000, 90, by_epochs=False) is None
 
 
 def test_more_than_one_block(monkeypatch):

@@ -1,6 +1,7 @@
 """`preceptor check`: what it counts against counts made another way, what it prints, and when it passes."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from preceptor.data import reading, workers
 from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Segment, Tree, leaf_path_lengths, turn_lengths
 from preceptor.data.sources import OpenSource
+from preceptor.errors import DataError
 from preceptor.inspect.check import Lengths, check_data, to_json
 from preceptor.inspect.check_text import to_text
 from preceptor.train.prepare import prepare
@@ -59,6 +61,14 @@ def test_turns_of_a_chain_and_of_a_tree_with_a_split_target():
     )
     assert turn_lengths(split) == [(5, 8), (10, 4)] and leaf_path_lengths(split) == [13, 14]
     assert turn_lengths(Tree("x:1", (segment("target", 7, None),))) == [(0, 7)]
+
+
+def test_leaving_out_is_no_advice_where_nothing_would_be_left():
+    tally = RejectionCounts([], [Rejection("x:1", A, "no turn")])
+    with pytest.raises(DataError, match=r"Fix the data: none of them is left$"):
+        tally.require_few(1, 1, 0.0)
+    with pytest.raises(DataError, match=r"Fix the data, or let .*`data\.allow_rejected: \[no_turn\]`$"):
+        tally.require_few(1, 2, 0.0)
 
 
 def test_lengths_and_where_the_longest_stands():
@@ -175,6 +185,9 @@ def test_it_passes_only_if_every_rejection_is_allowed(check, run_file):
     assert code == 0 and "passed: every example is proved except 2 rejected examples, which the run file allows" in out
     code, out, _ = check(run_file(rows[3:], data__allow_rejected=allowed))
     assert code == 3 and "no example is left to train" in out
+    code, out, _ = check(run_file(rows[3:]))
+    assert code == 3 and "rejected. Fix the data: no example is left to train" in out
+    assert "data.allow_rejected" not in out, "which would leave none"
     code, out, _ = check(run_file(data__allow_rejected=["empty_text"]))
     assert code == 0 and "data.allow_rejected allows empty_text, but no example was rejected" in out
 
@@ -313,3 +326,35 @@ def test_an_epoch_counts_what_is_replayed_as_training_does(run_file, write_jsonl
     assert mixture["num_trained"] == sum(tree.num_trained for tree in trees)
     drawn = sum("replayed.jsonl" in tree.source for tree in trees)
     assert [source["num_examples"] for source in mixture["sources"]] == [8, drawn] and drawn > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "bert (BertForMaskedLM) is no causal language"),
+        ({"vocab_size": 100}, "the model has 100 embeddings and its tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "init", "train"])
+def test_a_model_that_cannot_be_trained_is_refused_before_its_weights(
+    command, changes, says, run_file, preceptor, base_folder, tmp_path
+):
+    shutil.copytree(base_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
+    file = run_file(model__path=str(tmp_path / "base"))
+    given = [command, file]
+    if command == "init":
+        given = ["init", tmp_path / "new.yaml", "--model", tmp_path / "base", "--data", tmp_path / "train.jsonl"]
+    code, _, err = preceptor(*map(str, given))
+    assert code == 5 and says in err, err
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_a_template_that_no_example_uses_is_said(run_file, check):
+    said = "no example uses data.chat_template: none is a conversation"
+    pair = {"prompt": "What is it?", "completion": " It is."}
+    code, out, err = check(run_file([pair, {"text": "Long ago."}]))
+    assert code == 0 and said in out, err
+    assert said not in check(run_file([pair, *conversations(1)]))[1]
+    assert said not in check(run_file([pair], data__chat_template=None))[1]

@@ -122,12 +122,23 @@ def test_without_a_plan_it_says_so():
 )
 def test_the_file_says_which_tokens_the_template_adds(special, given, says, tmp_path, base_folder, write_jsonl):
     shutil.copytree(base_folder, tmp_path / "base")
-    tiny_tokenizer(special_tokens=("<|endoftext|>", *special)).save_pretrained(tmp_path / "base")
+    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", *special))
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "vocab_size": len(tokenizer)}))
     data = {"train": [{"path": write_jsonl(conversations(3))}], "chat_template": given}
     run = config.build({"model": {"path": str(tmp_path / "base")}, "data": data, "out": "-"}, "test")
     device = DeviceSpec("a device", 10**9, None, None)
     found = suggest(run, read_lengths(run), read_model(run.model), "no data", device, "no such layers")
     assert f"  chat_template: {says}\n" in found.text("s.json", "x")
+
+
+def test_a_template_that_no_example_uses_is_named_so(base_folder, write_jsonl):
+    data = {"train": [{"path": write_jsonl([{"prompt": "a", "completion": "b"}])}], "chat_template": "chatml"}
+    run = config.build({"model": {"path": str(base_folder)}, "data": data, "out": "-"}, "test")
+    device = DeviceSpec("a device", 10**9, None, None)
+    found = suggest(run, read_lengths(run), read_model(run.model), "no data", device, "no such layers")
+    assert "  chat_template: chatml          # no example uses it: none is a conversation" in found.text("s.json", "x")
 
 
 @pytest.fixture

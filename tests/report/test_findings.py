@@ -113,7 +113,7 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
         (
             {"compare": COMPARE},
             "warning",
-            "An alignment tax: lost 10.0 ± 2.0 points on arithmetic; predicts library worse",
+            "An alignment tax: lost 10.0 points (8.0 to 12.0) on arithmetic; predicts library worse",
         ),
         (
             {"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}},
@@ -121,7 +121,11 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
             "found no alignment tax, but its items are",
         ),
         ({"compare": COMPARE | {"tasks": [compared("tax", -0.01, 0.03)]}}, "good", "no significant alignment tax"),
-        ({"compare": COMPARE | {"tasks": [compared("trained", 0.1, 0.05)]}}, "good", "gained 10.0 ± 5.0 points"),
+        (
+            {"compare": COMPARE | {"tasks": [compared("trained", 0.1, 0.05)]}},
+            "good",
+            "gained 10.0 points (5.0 to 15.0)",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, files, level, words):

@@ -60,6 +60,14 @@ def test_base_and_tuned_stand_side_by_side_with_what_lies_between(tmp_path):
     assert "Why? base Why? Why? tuned, step 20, greedy ✗ not exact ! does not stop So." in words
 
 
+def test_an_answer_before_the_first_step_is_the_bases(tmp_path):
+    said = {"sampled": "So?", "temperature": 1.0, "sampled_stopped": True}
+    words = text_of(page(tmp_path / "a", samples=[sample(0, "Why?", "So.") | said]))
+    assert "base, sampled at temperature 1" in words and "tuned, sampled" not in words
+    words = text_of(page(tmp_path / "b", samples=[sample(20, "Why?", "So.") | said]))
+    assert "tuned, sampled at temperature 1" in words
+
+
 def test_nothing_of_a_run_is_read_as_html_and_nothing_is_loaded(tmp_path):
     found = page(
         tmp_path / "a",

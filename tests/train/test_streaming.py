@@ -336,7 +336,7 @@ def test_counts_and_pipes_are_refused_where_they_mean_nothing(streamed, tmp_path
         prepare(config.load(streamed(data__train=pipe, data__streaming=False, data__window=10_000)))
     with pytest.raises(ConfigError, match=r"pipe\.jsonl: is a pipe.*only data\.train can be streamed"):
         prepare(config.load(streamed(data__eval=pipe)))
-    with pytest.raises(DataError, match="no example is left to train"):
+    with pytest.raises(DataError, match=r"no example is left to train:\n +5 x empty_text"):
         prepare(config.load(streamed([EMPTY], data__max_rejected=1.0)))
 
 

@@ -14,7 +14,7 @@ from preceptor.config.peer_defaults import DEFAULTS, NAMES
 from preceptor.config.peer_training import OF_SCHEDULES
 from preceptor.config.peer_without import NO_COUNTERPART
 from preceptor.config.sections import nearest
-from preceptor.data.formats.rows import has_format
+from preceptor.data.formats.columns import has_format
 from preceptor.errors import ConfigError, short
 
 _OF_PEFT = ("r", "lora_alpha", "lora_dropout", "target_modules")  # carried over

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from preceptor.chat.template import Template, load_template
 from preceptor.chat.thinking import TrainedCounts, with_defaults
 from preceptor.chat.tokenise import Ids, bos_ids
 from preceptor.data.examples import Completion, Document, Rejected
+from preceptor.data.forest import Tree
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ModelError, TemplateError, first_line
-from preceptor.hub import cannot_load, find_file, place_of, require_reachable, resolve_model_path
+from preceptor.hub import cannot_load, causal_kind, find_file, place_of, require_reachable, resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +47,7 @@ class ModelLimits:
 def read_limits(path: str, trust_remote_code: bool = False, revision: str | None = None) -> ModelLimits:
     """The limits of the model at `path`. Raises ModelError for what cannot be read or cannot be trained."""
     settings = _config(path, trust_remote_code, revision)
+    causal_kind(path, settings)
     quantized = getattr(settings, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
@@ -127,6 +130,29 @@ class ChatFormat:
     def num_base_tokens(self) -> int:
         """Ids below this are tokens of the base model; added ones come after."""
         return min(self.added.values(), default=len(self.tokenizer))
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset((*self.tokenizer.added_tokens_decoder, *self.added.values()))
+
+    def without_row(self, ids: Iterable[int]) -> list[int]:
+        """Ordinary tokens that the model has no row for: only added ones get one."""
+        rows = None if self.limits is None else self.limits.num_rows
+        if rows is None or len(self.tokenizer) <= rows:
+            return []
+        return [id_ for id_ in ids if id_ >= rows and id_ not in self._added_ids]
+
+    def require_rows(self, trees: Iterable[Tree]) -> None:
+        """Raises ModelError for an ordinary token of the data that the model has no row for."""
+        for tree in trees:
+            for segment in tree.segments:
+                for id_ in self.without_row(segment.ids)[:1]:
+                    assert self.limits is not None
+                    raise ModelError(
+                        f"{self.limits.model}: the model has {self.limits.num_rows:,} embeddings and its tokenizer "
+                        f"{len(self.tokenizer):,} tokens; {self.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), "
+                        f"which {tree.source} holds, has none. Tokenizer and model do not belong together"
+                    )
 
     @property
     def num_positions(self) -> int | None:

@@ -1,6 +1,6 @@
 """A comparison in words, from its figures alone. A difference whose interval contains zero is never called a change.
 
-Shares are reported in points (hundredths), texts in bits per byte; ± is half the width of the 95 % interval.
+Shares are reported in points (hundredths), texts in bits per byte, each with the ends of its 95 % interval.
 """
 
 import math
@@ -82,15 +82,19 @@ def tells(entry: Mapping[str, Any]) -> bool:
 
 
 def amount(entry: Mapping[str, Any], signed: bool = False) -> str:
-    """ "3.1 ± 0.8 points", by how much the metric changed."""
+    """ "3.1 points (2.2 to 3.8)", by how much the metric changed; signed: "+3.1 points, +2.2 to +3.8"."""
     metric = HEADLINES[entry["kind"]]
     difference = Interval(**entry["figures"][metric.name]["difference"])
-    value = difference.value * metric.scale
-    shown = f"{value:+.{metric.digits}f}" if signed else f"{abs(value):.{metric.digits}f}"
-    half = difference.half_width
-    if half is None:
+    if not signed and difference.value < 0:
+        difference = difference.times(-1)
+    shown, low, high = (
+        None if value is None else f"{value * metric.scale:{'+' * signed}.{metric.digits}f}"
+        for value in (difference.value, difference.low, difference.high)
+    )
+    if low is None or high is None:
         return f"{shown} {metric.unit} on one item, whose spread is unknown"
-    return f"{shown} ± {half * metric.scale:.{metric.digits}f} {metric.unit}"
+    ends = f"{low} to {high}"
+    return f"{shown} {metric.unit}, {ends}" if signed else f"{shown} {metric.unit} ({ends})"
 
 
 def sentence(entry: Mapping[str, Any], name: str = "") -> str:
@@ -107,7 +111,7 @@ def sentence(entry: Mapping[str, Any], name: str = "") -> str:
         return f"no significant change on {task} ({amount(entry, signed=True)}{few})"
     if entry["kind"] == "perplexity":
         base = figures["base"]["value"]
-        relative = f" ({figures['difference']['value'] / base:+.1%})" if base else ""
+        relative = f", {figures['difference']['value'] / base:+.1%}" if base else ""
         return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(entry)}{relative}"
     return f"{'gained' if sign > 0 else 'lost'} {amount(entry)} on {task}"
 

@@ -125,6 +125,9 @@ INSTEAD_OF_SECTIONS: dict[str, str] = {
 }
 """Sections and lists that other trainers write as one word -> what to write."""
 
+OTHER_SECTIONS = dict.fromkeys(("lora", "qlora", "peft"), "adapter: such as `{kind: lora, rank: 16}`")
+"""Names that a section of a run file is sometimes given; those of other trainers are in COUNTERPARTS."""
+
 
 def advice(place: str, keys: Iterable[str]) -> str | None:
     """The sentence that says what to write instead of an unknown key; None where its name is known from nowhere.
@@ -137,7 +140,7 @@ def advice(place: str, keys: Iterable[str]) -> str | None:
     instead = NO_COUNTERPART.get(key) or NO_COUNTERPART.get(name)
     if instead is not None:
         return f"{place}: unknown key; {instead}"
-    found = COUNTERPARTS.get(name)
+    found = COUNTERPARTS.get(name) or OTHER_SECTIONS.get(key)
     found = found or " or ".join(ours for ours in keys if ours.rpartition(".")[2] == name)
     return f"{place}: unknown key; here it is {_with_note(found)}" if found else None
 

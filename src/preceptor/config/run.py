@@ -369,6 +369,11 @@ def _sentence(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         *section, name = (part for part in detail["loc"] if isinstance(part, str))
         known = (key.replace("[]", "").rpartition(".") for key in all_keys())
+        parent, dot, own = name.rpartition(".")
+        if dot and ".".join([*section, name]) in {key.replace("[]", "") for key in all_keys()}:
+            nested = parent.replace(".", ": {")
+            braces = "}" * name.count(".")
+            return f"{place}: unknown key; write `{nested}: {{{own}: ...{braces}`; dotted keys are for the command line"
         here = [own for parent, _, own in known if parent == ".".join(section)]
         return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, here)}"
     if detail["type"] in ("model_type", "list_type") and named in INSTEAD_OF_SECTIONS:

@@ -5,6 +5,7 @@ prompt and what must follow it, as plain strings) or a `Document` (plain text, e
 its `source`, "file:line". What cannot be trained is a `Rejection` with a reason code and a sentence.
 """
 
+import difflib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,12 @@ def read_message(raw: object, where: str) -> Message:
         raise Unreadable("bad_message", f"{where} is {type(raw).__name__}, not an object with role and content")
     role = raw.get("role")
     if role not in ROLES:
-        raise Unreadable("unknown_role", f"{where} has role {short(role)}; known roles are {', '.join(ROLES)}")
+        near = difflib.get_close_matches(str(role).lower(), ROLES, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise Unreadable("unknown_role", f"{where} has role {short(role)}; {meant}known roles are {', '.join(ROLES)}")
+    under = next((key for key in ("text", "value", "message") if isinstance(raw.get(key), str)), None)
+    if under is not None and not raw.get("content") and not raw.get("tool_calls"):
+        raise Unreadable("bad_message", f"{where} has no content; its text is under {under!r}: write it as content")
     _check_fields(raw, where)
     train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
@@ -377,11 +383,11 @@ class RejectionCounts:
     def require_few(self, num_rejected: int, num_examples: int, most: float) -> None:
         """Raises DataError where so many, for reasons that are not allowed, are more than the share `most`."""
         if num_rejected > most * num_examples:
+            helps = f", or let such examples be left out with `data.allow_rejected: [{', '.join(self.not_allowed)}]`"
             raise DataError(
                 f"{num_rejected} of {num_examples} examples cannot be trained "
                 f"({num_rejected / num_examples:.1%}; data.max_rejected allows {most:.1%}):\n{self}\n"
-                "Fix the data, or let such examples be left out with "
-                f"`data.allow_rejected: [{', '.join(self.not_allowed)}]`"
+                f"Fix the data{helps if num_rejected < num_examples else ': none of them is left'}"
             )
 
     @property

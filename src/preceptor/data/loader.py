@@ -26,16 +26,21 @@ FEW_STEPS = 50  # of an optimizer; fewer hardly change how a model answers
 _MORE = 1.2  # times the steps of an epoch: what shorter sequences must promise, whose number is an estimate
 
 
-def few_steps(num_steps: int, steps_per_epoch: int, num_tokens: int, longest: int) -> str | None:
+def few_steps(
+    num_steps: int, steps_per_epoch: int, num_tokens: int, longest: int, by_epochs: bool = True
+) -> str | None:
     """What to say of a run of few optimizer steps, and what makes more of them; None where there are enough.
 
-    steps_per_epoch: as the run is. num_tokens: of an epoch. longest: tokens of its longest example.
+    steps_per_epoch: as the run is. num_tokens: of an epoch. longest: tokens of its longest example. by_epochs: whether
+    `train.duration` is in epochs, of which smaller batches make more steps.
     """
     if num_steps >= FEW_STEPS:
         return None
     shortest = max(64, -(-longest // 64) * 64)
     per_epoch = math.ceil(num_tokens / shortest)
     seen = f"only {counted(num_steps, 'optimizer step')}, too few to learn much (under {FEW_STEPS}): "
+    if not by_epochs:
+        return f"{seen}raise `train.duration`, which is in steps: an epoch has {steps_per_epoch:,}"
     # Of so few examples no packing makes many steps, or not many more.
     if per_epoch < max(FEW_STEPS / 5, steps_per_epoch * _MORE):
         return f"{seen}add examples, or raise `train.duration`"

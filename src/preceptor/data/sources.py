@@ -11,13 +11,15 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from preceptor.config import ROW_KEYS, Data, Source
 from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Example, Rejection
-from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
+from preceptor.data.formats.columns import has_format, unknown_format
+from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, read_row
 from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, RecordList, TableFile, find_tables
 from preceptor.data.formats.text_files import parse_line
 from preceptor.data.formats.values import Row, TableRows, Unreadable
@@ -120,7 +122,7 @@ class OpenSource:
         if self.source.columns and not has_format(list(self.source.columns)):
             raise ConfigError(
                 f"{self.source.path}: `columns` names {', '.join(self.source.columns)}, which make no format: "
-                f"{unknown_format(dict.fromkeys(self.source.columns))}"
+                f"{unknown_format(dict.fromkeys(self.source.columns), self.source.columns)}"
             )
         self.tables = find_tables(self.source)
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
@@ -293,4 +295,7 @@ def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:
                 f"(it has {', '.join(columns)})"
             )
     if columns and not source.columns and not has_format(columns):
-        raise DataError(f"{name}: {unknown_format(dict.fromkeys(columns))}")
+        first = ""
+        if {".csv", ".tsv"} & set(PurePath(name).suffixes):
+            first = ". Line 1 is read as the header; if it is an example, put one above, such as question,answer"
+        raise DataError(f"{name}: {unknown_format(dict.fromkeys(columns))}{first}")

@@ -132,6 +132,11 @@ class Check:
         """Whether an example is left to train and the run file allows every rejection."""
         return self.rejections.num_not_allowed == 0 and len(self.train) > 0 and self.holds_out_nothing is None
 
+    @property
+    def template_unused(self) -> bool:
+        """Whether the run file names a chat template that no example uses."""
+        return self.run.data.chat_template is not None and len(self.train) > 0 and not self.has_conversations
+
     def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection) -> None:
         """Count one entry of the part `train`, `eval` or `replay`, with its trees or rejection."""
         table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
@@ -181,6 +186,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
         for part, source, most in sources:
             for entry, fitted in read_trees(source, fitter, num_processes, most=most):
                 found.count(part, entry, fitted)
+                chat.require_rows([] if isinstance(fitted, Rejection) else [tree for _, tree in fitted])
                 num_split_off += part == "eval" and source.side is not None and not isinstance(fitted, Rejection)
                 on_example()
             if part in found.trees:
@@ -221,6 +227,7 @@ def to_json(found: Check) -> dict[str, Any]:
         "shortened": asdict(found.shortened),
         "left_out": found.counts.left_out(),
         "no_header": found.has_conversations and not found.asks,
+        "template_unused": found.template_unused,
         "thinking": found.counts.thinking(),
         "template_defaults": found.counts.defaults(),
         "unread_template_kwargs": found.counts.unread(),
@@ -249,7 +256,9 @@ def _few_steps(found: Check, num_tokens: int) -> str | None:
     sequences = math.ceil(num_tokens / run.data.max_length)
     per_epoch = math.ceil(sequences / run.train.batch_size)
     longest = max((int(part.of["example"].all.max()) for part in found.trees.values() if part.trained), default=0)
-    return few_steps(run.train.duration.steps(per_epoch), per_epoch, num_tokens, longest) if num_tokens else None
+    duration = run.train.duration
+    by_epochs = duration.unit == "epochs"
+    return few_steps(duration.steps(per_epoch), per_epoch, num_tokens, longest, by_epochs) if num_tokens else None
 
 
 def _mixture(found: Check) -> dict[str, Any] | None:

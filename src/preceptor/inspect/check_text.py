@@ -44,6 +44,11 @@ def _tokens(found: dict[str, Any]) -> str:
             "the template adds nothing that asks for an answer, so the model writes the header of its message itself; "
             "a template that has add_generation_prompt does it for the model"
         )
+    if found["template_unused"]:
+        more.append(
+            "no example uses data.chat_template: none is a conversation. Two texts under prompt and completion, and "
+            "text, are trained as they are; `columns: {prompt: ..., response: ...}` makes a question and its answer"
+        )
     return "\n".join([*_lengths("Tokens", found), *(f"  {line}" for line in [saved, *more])])
 
 
@@ -113,9 +118,10 @@ def _verdict(found: dict[str, Any]) -> str:
         lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it")
     if found["num_rejected_not_allowed"]:
         codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
+        helps = f", or let such examples be left out with `data.allow_rejected: [{codes}]`"
         lines.append(
-            f"not passed: {counted(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data, or let "
-            f"such examples be left out with `data.allow_rejected: [{codes}]`"
+            f"not passed: {counted(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data"
+            f"{helps if found['num_tokens'] else ': no example is left to train'}"
         )
     elif found["holds_out_nothing"]:
         lines.append(f"not passed: {found['holds_out_nothing']}")

@@ -16,7 +16,7 @@ from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
 from preceptor.chat.template import BUILTIN
 from preceptor.config.yaml_text import one_line_yaml
-from preceptor.data.examples import Rejection, RejectionCounts
+from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.loader import FEW_STEPS
 from preceptor.data.packing import count_sequences
 from preceptor.data.reading import read_trees
@@ -68,6 +68,7 @@ class DataLengths:
     share_trained: float = 1.0
     num_added: int = 0
     template_is_given: bool = False
+    has_conversations: bool = True
 
     def sequences(self, max_length: int) -> int:
         """Sequences of an epoch; exact where the sample is whole and nothing of it is held out."""
@@ -90,7 +91,7 @@ def read_lengths(run: config.Run) -> DataLengths:
     fitter = Fitter(renderer, _LONGEST, "reject", chat.num_positions)
     lengths: list[int] = []
     counts = RejectionCounts(())
-    num_examples, num_read, whole = 0.0, 0, True
+    num_examples, num_read, whole, has_conversations = 0.0, 0, True, False
     for source in sources:
         num = 0
         entries = read_trees(source, fitter)
@@ -100,6 +101,8 @@ def read_lengths(run: config.Run) -> DataLengths:
                 counts.add(found)
             else:
                 lengths += [tree.num_tokens for _, tree in found]
+                chat.require_rows(tree for _, tree in found)
+                has_conversations |= any(isinstance(example, Conversation) for example, _ in found)
         num_read += num
         is_whole = next(entries, None) is None
         whole &= is_whole
@@ -111,6 +114,7 @@ def read_lengths(run: config.Run) -> DataLengths:
     return DataLengths(
         lengths, num_examples, whole, template, chat.num_positions, counts, num_read,
         num_added=len(chat.added), template_is_given=run.data.chat_template is not None,
+        has_conversations=has_conversations,
     )  # fmt: skip
 
 
@@ -274,6 +278,8 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
 
 
 def _of_template(data: DataLengths) -> str:
+    if not data.has_conversations:
+        return "no example uses it: none is a conversation; `columns` can make conversations of questions and answers"
     if data.chat_template == "tokenizer":
         return "the model's own"
     whose = "as given" if data.template_is_given else "the model has none"

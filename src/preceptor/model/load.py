@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto import modeling_auto as auto
 
 from preceptor.console import without_bars
 from preceptor.errors import CheckpointError, ModelError, explaining_out_of_memory, is_out_of_memory
@@ -28,6 +27,7 @@ from preceptor.hub import (
     adapter_base,
     base_revision,
     cannot_load,
+    causal_kind,
     fetch_optional,
     find_file,
     require_reachable,
@@ -110,19 +110,7 @@ def auto_class(place: str, config: PretrainedConfig) -> Any:
     One with vision or audio towers is loaded whole, so that it can be saved whole; `freeze_towers` (parts.py) leaves
     them untrained. Raises ModelError for what is no causal language model.
     """
-    named = set(config.architectures or ())
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return AutoModelForCausalLM
-    for loads, mapping in (
-        (AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        (AutoModelForMultimodalLM, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
-    ):
-        known = mapping.get(config.model_type, ())
-        known = {known} if isinstance(known, str) else set(known)
-        if known and (not named or named & known) and not config.is_encoder_decoder:
-            return loads
-    found = f"{config.model_type} ({', '.join(sorted(named))})" if named else config.model_type
-    raise ModelError(f"{place}: {found} is no causal language model; only those can be trained here")
+    return AutoModelForCausalLM if causal_kind(place, config) == "text" else AutoModelForMultimodalLM
 
 
 def _require_all_weights(place: str, report: dict[str, object]) -> None:

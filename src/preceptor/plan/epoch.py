@@ -91,6 +91,7 @@ def data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         return {**found, "too_long": too_long}
     steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
     num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(sample.num_tokens)
+    longest = min(run.data.max_length, max(sample.lengths))
     return {
         "examples_per_epoch": round(sample.num_examples),
         "num_sampled": len(sample.conversations),
@@ -100,7 +101,7 @@ def data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         "sequences_per_epoch": sequences_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": num_steps,
-        "few_steps": few_steps(num_steps, steps_per_epoch, per_epoch, min(run.data.max_length, max(sample.lengths))),
+        "few_steps": few_steps(num_steps, steps_per_epoch, per_epoch, longest, run.train.duration.unit == "epochs"),
     }
 
 

@@ -113,7 +113,8 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
     if _has_few_steps(run):
         tokens, lengths = run.data.get("tokens", {}), run.data.get("lengths", {}).get("trees", {})
         steps = _length(run), run.data.get("steps_per_epoch") or 0
-        said = few_steps(*steps, tokens.get("computed", 0), lengths.get("max", 0)) or ""
+        by_epochs = "step" not in str(run.config.get("train", {}).get("duration"))
+        said = few_steps(*steps, tokens.get("computed", 0), lengths.get("max", 0), by_epochs) or ""
         seen, _, advice = said.partition(": ")
         advice = "" if run.data["num_steps"] >= FEW_STEPS else f"{advice[:1].upper()}{advice[1:]}."
         yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", advice)

@@ -64,7 +64,8 @@ def announce(
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
-    few = few_steps(num_steps, loader.steps_per_epoch, tokens.computed, int(prepared.train.lengths.max()))
+    longest, by_epochs = int(prepared.train.lengths.max()), run.train.duration.unit == "epochs"
+    few = few_steps(num_steps, loader.steps_per_epoch, tokens.computed, longest, by_epochs)
     if few and not prepared.stream:
         console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:

@@ -10,7 +10,7 @@ from preceptor import config
 from preceptor.console import Display
 from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import CheckpointError, DataError, ModelError, StreamError
+from preceptor.errors import CheckpointError, DataError, ModelError, StreamError, is_out_of_memory
 from preceptor.files import append_line
 from preceptor.model.adapters.folder import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
@@ -103,10 +103,10 @@ class Loop:
     def steps(self) -> Generator[Step]:
         """Each step when it was taken and recorded. Whoever asks may evaluate, save and end meanwhile.
 
-        Raises Stopped, StreamError and TooManySkippedError with all steps saved, and so of one process DataError, and
-        ModelError as `take_step` and `require_finite`. Closed early, it saves as if it were stopped. Of a training that
-        is over, no evaluation or checkpoint that cannot be written is raised, but the loss of the best: its model comes
-        first.
+        Raises Stopped, StreamError and TooManySkippedError with all steps saved, and so of one process DataError and
+        the ModelError of memory that ran out; ModelError as `require_finite`. Closed early, it saves as if it were
+        stopped. Of a training that is over, no evaluation or checkpoint that cannot be written is raised, but the loss
+        of the best: its model comes first.
         """
         run, state, per_epoch, total = self.run, self.state, self.loader.steps_per_epoch, self.num_steps
         learning_rates = schedule(run.optimizer, per_epoch, total)
@@ -139,8 +139,9 @@ class Loop:
             self.save(wait=True)
             raise
         except (DataError, ModelError) as error:
-            all_have_it = self.world.size == 1 or isinstance(error, StreamError | TooManySkippedError)
-            if state.is_whole and all_have_it:
+            of_all = isinstance(error, StreamError | TooManySkippedError)
+            of_one = isinstance(error, DataError) or is_out_of_memory(error.__cause__)
+            if state.is_whole and (of_all or (of_one and self.world.size == 1)):
                 state.optimizer.zero_grad(set_to_none=True)  # memory may have run out
                 self._keep_steps()
             raise

@@ -28,7 +28,7 @@ from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.data.workers import start_method
-from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.errors import ConfigError, DataError
 from preceptor.evaluate.harness import open_task
 from preceptor.evaluate.run import METRICS
 from preceptor.evaluate.tasks import Task
@@ -131,8 +131,8 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         stream, tables, tuning_N = _first_window(windows, reader, partial(_opened, run, chat, replay))
     counts = _few_rejected(run, reader)
     if not len(tuning_N):
-        why = "weight too small" if sum(map(len, tables)) else "data.eval_size holds all of them out"
-        raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
+        why = "; weight too small" if sum(map(len, tables)) else "; data.eval_size holds all of them out"
+        raise DataError("data.train: no example is left to train" + (f":\n{counts}" if str(counts) else why))
     dataset = _dataset(run, chat, _mixture(run, tables, tuning_N, replay))
     found = reader.counts
     assert isinstance(found, TrainedCounts)
@@ -221,7 +221,8 @@ def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]
 
 
 def _dataset(run: config.Run, chat: ChatFormat, mixture: Dataset) -> Dataset:
-    _require_rows(chat, mixture)
+    if chat.without_row(mixture.token_ids):
+        chat.require_rows(mixture)
     shares = run.data.share_prefixes
     return mixture.with_shared_prefixes(run.data.max_length, run.train.seed) if shares else mixture
 
@@ -235,24 +236,6 @@ def _held_out(
         raise DataError("\n".join(filter(None, [holds_out_nothing(run.data.eval_size), str(rejected)])))
     every = [each for own in trees for each in own]
     return [every[index] for index in mix(map(len, trees), sources, run.train.seed).tolist()]
-
-
-def _require_rows(chat: ChatFormat, dataset: Dataset) -> None:
-    """Raises ModelError for an ordinary token of the data that the model has no row for: only added ones get one."""
-    limits = chat.limits
-    if limits is None or limits.num_rows is None or len(chat.tokenizer) <= limits.num_rows:
-        return
-    added = {*chat.tokenizer.added_tokens_decoder, *chat.added.values()}
-    missing = {id_ for id_ in dataset.token_ids if id_ >= limits.num_rows and id_ not in added}
-    for tree in dataset if missing else ():
-        for segment in tree.segments:
-            for id_ in segment.ids:
-                if id_ in missing:
-                    raise ModelError(
-                        f"{limits.model}: the model has {limits.num_rows:,} embeddings and its tokenizer "
-                        f"{len(chat.tokenizer):,} tokens; {chat.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), which "
-                        f"{tree.source} holds, has none. Tokenizer and model do not belong together"
-                    )
 
 
 def _drawn(

@@ -8,8 +8,10 @@ import pytest
 
 from preceptor.config import ROW_KEYS, Source
 from preceptor.config.held import LiveSource
+from preceptor.config.yaml_text import parse_yaml
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
-from preceptor.data.formats.rows import PAIRS, format_of, has_format, read_row
+from preceptor.data.formats.columns import PAIRS, has_format, unknown_format
+from preceptor.data.formats.rows import format_of, read_row
 from preceptor.data.formats.tables import RecordList
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
@@ -244,15 +246,60 @@ def test_nulls_that_a_json_file_holds_are_meant():
             for value in (True, {"text": "so"})
         ),
         ({"messages": [USER, {**ANSWER, "content": "a\ud83d"}]}, "broken_character", "messages[1].content"),
+        ({"messages": [{"role": "User", "content": "Hi"}, ANSWER]}, "unknown_role", "did you mean 'user'? known"),
+        ({"messages": [USER, {**ANSWER, "role": "asistant"}]}, "unknown_role", "did you mean 'assistant'?"),
+        ({"messages": [USER, {"role": "assistant", "text": "a"}]}, "bad_message", "its text is under 'text'"),
+        ({"messages": [{"role": "user", "text": "a"}, ANSWER]}, "bad_message", "messages[0] has no content; its text"),
         ({"conversation": [USER, ANSWER]}, "unknown_format", "set `columns: {messages: conversation}`"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
-        ({"query": "a", "reply": "b"}, "unknown_format", "such as `columns: {prompt: query, completion: reply}`"),
+        ({"query": "a", "reply": "b"}, "unknown_format", "such as `columns: {question: query, answer: reply}`"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_refused_with_its_reason(row, code, words):
     rejection = to_example(row, "x:1")
     assert isinstance(rejection, Rejection)
     assert rejection.code == code and words in rejection.message, rejection
+
+
+@pytest.mark.parametrize(
+    ("keys", "columns"),
+    [
+        ("query reply", "{question: query, answer: reply}"),
+        ("input output", "{question: input, answer: output}"),
+        ("Question Answer", "{question: Question, answer: Answer}"),
+        ("Answer Frage", "{question: Frage, answer: Answer}"),
+        ("id Answer Question", "{question: Question, answer: Answer}"),
+        ("Prompt Completion", "{prompt: Prompt, response: Completion}"),
+        ("instructions output", "{instruction: instructions, output: output}"),
+        ("Instruction Input Output System", "{instruction: Instruction, output: Output, input: Input, system: System}"),
+        ("id query reply", "{question: ..., answer: ...}"),
+        ("Text", "{text: Text}"),
+        ("id Messages", "{messages: Messages}"),
+        ("question good bad", "{question: question, answer: ...}"),
+    ],
+)
+def test_the_columns_for_unknown_keys_are_those_of_a_conversation(keys, columns, tmp_path):
+    said = unknown_format(dict.fromkeys(keys.split()))
+    assert said.endswith(f", such as `columns: {columns}`")
+    if "..." not in columns and "Messages" not in columns and "Text" not in columns:
+        row = dict.fromkeys(keys.split(), "x")
+        mapping = parse_yaml(columns)
+        assert unknown_format(row) == said
+        (example,) = OpenSource(Source(path=write(tmp_path, [row]), columns=mapping)).examples()
+        assert isinstance(example, Conversation)
+
+
+def test_a_null_that_completes_the_format_is_named():
+    rejection = to_example({"question": "a", "answer": None}, "x:1")
+    assert rejection.code == "unknown_format"
+    assert "the keys are 'question'; 'answer' is null, so absent; an example needs" in rejection.message
+
+
+def test_columns_that_make_no_format_are_named_as_the_file_has_them(tmp_path):
+    path = write(tmp_path, [{"query": "a", "reply": "b"}])
+    with pytest.raises(ConfigError, match=r"such as `columns: \{question: query, answer: reply\}`") as caught:
+        OpenSource(Source(path=path, columns={"prompt": "query", "answer": "reply"}))
+    assert "names prompt, answer, which make no format" in str(caught.value)
 
 
 def test_the_keys_of_the_formats_are_those_of_the_run_file():

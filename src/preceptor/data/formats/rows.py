@@ -17,7 +17,6 @@ is in UNREAD_COLUMNS. All other keys are ignored.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +36,7 @@ from preceptor.data.examples import (
     require_json,
     trainable_turns,
 )
+from preceptor.data.formats.columns import PAIRS, pair_of, unknown_format
 from preceptor.data.formats.values import (
     Nulls,
     RawRecord,
@@ -68,7 +68,7 @@ def read_row(row: Row, source: str, nulls: Nulls = "reject") -> tuple[str, Examp
         if isinstance(row, Unreadable):
             raise row
         name = format_of(row)
-        return name, _example({key: value for key, value in row.items() if value is not None}, source, nulls)
+        return name, _example(row, source, nulls)
     except Unreadable as error:
         return name, Rejection(source, error.code, str(error))
     except Exception as error:
@@ -97,14 +97,6 @@ def format_of(row: RawRecord) -> str:
     return "text" if "text" in keys else UNKNOWN
 
 
-def has_format(keys: Sequence[str]) -> bool:
-    """Whether a row with these keys, none of them null, can be read."""
-    try:
-        return "messages" in keys or "conversations" in keys or "text" in keys or pair_of(keys) is not None
-    except Unreadable:
-        return False
-
-
 def _check_columns(row: RawRecord) -> None:
     """Raises Unreadable for a key without which the example would say something else than the file does."""
     for key, instead in UNREAD_COLUMNS.items():
@@ -124,7 +116,8 @@ def _check_columns(row: RawRecord) -> None:
             )
 
 
-def _example(row: RawRecord, source: str, nulls: Nulls) -> Example:
+def _example(given: RawRecord, source: str, nulls: Nulls) -> Example:
+    row = {key: value for key, value in given.items() if value is not None}
     check_values(row, "")
     _check_columns(row)
     if "messages" in row and "conversations" in row:
@@ -149,21 +142,7 @@ def _example(row: RawRecord, source: str, nulls: Nulls) -> Example:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise Unreadable("empty_text", f"text is {short(row['text'])}; it must be a string that is not empty")
         return Document(source, row["text"])
-    raise Unreadable("unknown_format", unknown_format(row))
-
-
-def unknown_format(row: RawRecord) -> str:
-    """What the row has, what it needs, and how to say that they are the same."""
-    names = [key for key in row if re.fullmatch(r"[\w-]+", key)]
-    hint = f", such as `columns: {{prompt: {names[0]}, completion: {names[1]}}}`" if len(names) > 1 else ""
-    for key, value in row.items():
-        value = parsed(value)
-        if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():
-            hint = f". {key} holds messages: set `columns: {{messages: {key}}}`"
-    return (
-        f"the keys are {', '.join(map(repr, row)) or 'none'}; an example needs messages or conversations, or text, or "
-        f"one of {', '.join(' and '.join(pair) for pair in PAIRS)}; `columns` can say which of its keys they are{hint}"
-    )
+    raise Unreadable("unknown_format", unknown_format(given))
 
 
 MessageField = tuple[str, Any, bool]  # the key that holds messages, the messages, whether they are trained
@@ -277,13 +256,6 @@ def _one_of_two(prompt: Any, key: str, answer: Any) -> Unreadable:
     return Unreadable("bad_prompt_completion", f"{found}; both must be strings or both lists of messages")
 
 
-PAIRS = (
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("prompt", "response"),
-)
 # What may belong to a question that is asked of a pair's first key; training without it would teach to guess.
 UNREAD_COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(MEDIA_KEYS, "only text is trained here"),
@@ -294,15 +266,6 @@ UNREAD_COLUMNS: Mapping[str, str] = {
 """Keys of an example without which it would say something else -> what to do."""
 _TO_READ_WITHOUT = ". To read the example without it, name the columns to read with `columns`"
 PARTS_OF_A_QUESTION = ("input", "history", "context", "passage", "document", "documents", "choices", "options")
-
-
-def pair_of(keys: Sequence[str]) -> tuple[str, str] | None:
-    """The two keys of a prompt and its answer, if there are any. Raises Unreadable if two pairs fit."""
-    fitting = [pair for pair in PAIRS if pair[0] in keys and pair[1] in keys]
-    if len(fitting) > 1:
-        names = ", or ".join(" and ".join(pair) for pair in fitting)
-        raise Unreadable("ambiguous_format", f"the example can be read as {names}; say which with `columns`")
-    return fitting[0] if fitting else None
 
 
 def check_whole(row: RawRecord, pair: tuple[str, str]) -> None:

@@ -6,11 +6,13 @@ where, since more than one row may be damaged.
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from typing import IO, Any, TextIO, cast
 from preceptor.config import ROW_KEYS
 from preceptor.data.formats.remote_files import RemoteFile
 from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable, check_names, reader
-from preceptor.errors import DataError
+from preceptor.errors import DataError, short
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -60,10 +62,34 @@ def open_text(file: Path | RemoteFile, name: str, newline: str | None = None) ->
     try:
         with _opened(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
             yield text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(file, name) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{name}: cannot be read: {error}") from None
+
+
+def _not_utf8(file: Path | RemoteFile, name: str) -> DataError:
+    """Names the line, which the error of a decoder that sees a piece of the file does not know. A pipe is past it."""
+    if isinstance(file, Path) and not file.is_file():
+        return DataError(f"{name}: not UTF-8 text; convert it to UTF-8")
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with _opened(file) as content:
+        while True:
+            piece = content.read(_PIECE_CHARACTERS)
+            if line == 1 and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return DataError(f"{name}: UTF-16 text, not UTF-8; convert it, as by `iconv -f UTF-16 -t UTF-8`")
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                bad = error.object[error.start : error.start + 1]
+                guess = bad.decode("cp1252", errors="replace")
+                latin = f", {guess!r} in Latin-1" if guess.isalpha() else ""
+                how = ", as by `iconv -f LATIN1 -t UTF-8`" if latin else ""
+                return DataError(f"{name}:{line}: not UTF-8 text (byte 0x{bad.hex()}{latin}); convert it to UTF-8{how}")
+            line += piece.count(b"\n")
+            if not piece:
+                return DataError(f"{name}: not UTF-8 text; convert it to UTF-8")
 
 
 def jsonl_lines(file: Path | RemoteFile, name: str) -> Iterator[tuple[str, str]]:
@@ -87,13 +113,24 @@ def parse_line(line: str, source: str) -> Row:
     except Unreadable as error:
         return error
     except json.JSONDecodeError as error:
+        helps = "fix or delete the line (a cut-off last line often means that the file was not written to its end)"
+        if line.startswith("[") or line.strip() == "{":  # the beginning of a value over several lines
+            helps = "write each example on one line; or name the file .json, which may hold a list of examples"
         raise DataError(
-            f"{source}: broken JSON: {error.msg} at column {error.colno}. Each line must be one JSON object; fix or "
-            "delete the line (a cut-off last line often means that the file was not written to its end)"
+            f"{source}: broken JSON: {_said(error)} at column {error.colno}. Each line must be one JSON object; {helps}"
         ) from None
     except RecursionError:
         return Unreadable("unreadable", "the JSON is nested too deeply to be read")
+    if isinstance(row, list) and row and isinstance(row[0], dict):
+        raise DataError(
+            f"{source}: an example must be a JSON object, found list: name a file that holds a list of examples .json"
+        )
     return _object(row, source)
+
+
+def _said(error: json.JSONDecodeError) -> str:
+    """Its message, without the words that a place should follow."""
+    return re.sub(r"( starting)? at$", "", error.msg)
 
 
 def json_rows(file: Path | RemoteFile, name: str) -> TableRows:
@@ -212,7 +249,7 @@ class _JsonStream:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
                 if not cut or self._ended:
                     self._at = min(error.pos, len(self._buffer))
-                    raise self.broken(error.msg) from None
+                    raise self.broken(_said(error)) from None
             except RecursionError:
                 raise self.broken("JSON nested too deeply to be read") from None
             else:
@@ -253,6 +290,7 @@ class _JsonStream:
 def csv_rows(file: Path | RemoteFile, name: str) -> TableRows:
     """Rows under a header line, separated by commas, or by tabs in a .tsv; a quoted cell may hold line ends."""
     header: list[str] = []
+    num_rows = 0
     for number, cells in _csv_lines(file, name):
         if not header:
             header = csv_header(cells, name)
@@ -262,7 +300,10 @@ def csv_rows(file: Path | RemoteFile, name: str) -> TableRows:
                 "quotation mark or a line end in it must be quoted"
             )
         else:
+            num_rows += 1
             yield f"{name}:{number}", dict(zip(header, cells, strict=True))
+    if header and not num_rows:
+        raise DataError(f"{name}: there is no row under the header {short(','.join(header))}; it needs at least one")
 
 
 def csv_columns(file: Path | RemoteFile, name: str) -> list[str]:

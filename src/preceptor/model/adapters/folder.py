@@ -223,6 +223,7 @@ def merge_folder(
         if model.device.type == "meta":
             return model
         with warnings.catch_warnings():  # as in `add_adapter`
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             warnings.filterwarnings(
                 "ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning
             )
