@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from preceptor import config
 from preceptor.train.optimizer import build_optimizer, clip_gradients, schedule
@@ -36,14 +37,34 @@ def test_the_middle_of_the_fall():
 
 
 def test_without_warmup_the_first_step_is_near_the_peak():
-    assert course("linear", warmup=0, final=0.0)[0] == pytest.approx(2.0 * 0.99)
+    assert course("linear", warmup=0)[0] == pytest.approx(2.0 * 0.991)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (2, 0), (4, 0), (3, 2), (50, 10)])
+@pytest.mark.parametrize("lr_scheduler", ["linear", "cosine", "wsd"])
+def test_a_fall_to_nothing_is_that_of_transformers_and_every_step_learns(lr_scheduler, total, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    decay = (total - warmup + 1) // 2
+    if lr_scheduler == "wsd":
+        more = {"num_stable_steps": total - warmup - decay, "num_decay_steps": decay, "decay_type": "linear"}
+        theirs = get_wsd_schedule(optimizer, warmup, **more)
+    else:
+        of_theirs = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}
+        theirs = of_theirs[lr_scheduler](optimizer, warmup, total)
+    expected = []
+    for _ in range(total):
+        expected += theirs.get_last_lr()
+        optimizer.step()
+        theirs.step()
+    rates = course(lr_scheduler, total, warmup, 0.0, decay if lr_scheduler == "wsd" else None)
+    assert rates[warmup:] == pytest.approx(expected[warmup:]) and min(rates) > 0
 
 
 def test_wsd_stays_at_the_peak_until_the_last_part_and_falls_to_the_ratio():
     rates = course("wsd", decay=20)
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert set(rates[9:80]) == {2.0} and rates[89] == pytest.approx(2.0 * 0.55) and rates[99] == pytest.approx(0.2)
-    assert course("wsd", 6, 2, 0.0, decay=6)[5] == pytest.approx(0.0)  # longer than what is left
+    assert course("wsd", 6, 2, decay=6)[5] == pytest.approx(0.2)  # longer than what is left
 
 
 def test_matrices_decay_and_the_rest_does_not():

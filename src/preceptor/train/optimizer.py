@@ -231,11 +231,13 @@ def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int)
     """The learning rate of each step of a run (0-based): linear rise to the peak over the warm-up, then the scheduler's
     fall.
 
-    The first warm-up step already learns (peak / warm-up steps); the last step of the run has `min_lr_ratio * peak`.
+    The first warm-up step already learns (peak / warm-up steps); the last step of the run has `min_lr_ratio * peak`. Of
+    a ratio of 0 the fall ends one step later, so that each step learns, as transformers' schedules have it.
     The rate of `wsd` stays at the peak until its decay begins (Hu et al. 2024, arXiv:2404.06395).
     """
     peak, lr_scheduler = settings.learning_rate, settings.lr_scheduler
     assert peak is not None, "a resolved run has one"
+    ends_with_last = settings.min_lr_ratio > 0
     warmup_steps = begin = settings.warmup.steps(steps_per_epoch, total_steps)
     if lr_scheduler == "wsd":
         decay_steps = settings.decay.steps(steps_per_epoch, total_steps) if settings.decay else 0
@@ -246,7 +248,7 @@ def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int)
             return peak * (step + 1) / warmup_steps
         if lr_scheduler == "constant":
             return peak
-        progress = max(0, step - begin + 1) / max(1, total_steps - begin)
+        progress = max(0, step - begin + ends_with_last) / max(1, total_steps - begin)
         fall = (1 + math.cos(math.pi * progress)) / 2 if lr_scheduler == "cosine" else 1 - progress
         return peak * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * fall)
 
