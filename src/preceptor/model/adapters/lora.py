@@ -21,6 +21,7 @@ from peft import (
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from preceptor.errors import ModelError
 from preceptor.model.adapters.patterns import ALL_LINEAR, alphas_by_name, expert_parameters, growth, set_patterns
@@ -29,6 +30,7 @@ from preceptor.model.options import PLAIN, LoraOptions
 from preceptor.model.parts import decoder_of
 
 _NAMED = 5  # of what does not fit
+_LINEAR = (nn.Linear, Conv1D)  # GPT-2's: a linear layer whose matrix lies turned
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -303,7 +305,7 @@ def linear_layers(model: PreTrainedModel) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module in within and module is not head and not _returns_more(module)
+        if isinstance(module, _LINEAR) and module in within and module is not head and not _returns_more(module)
     }
 
 
@@ -320,7 +322,7 @@ def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool, whole: 
         parent, _, last = name.rpartition(".")
         mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
         passed_by = mixer and not asked and last != "in_proj"
-        linear = isinstance(module, nn.Linear) and module is not head
+        linear = isinstance(module, _LINEAR) and module is not head
         trained = any(name == other or name.startswith(f"{other}.") for other in whole)
         refused = name not in layers or passed_by or trained
         if (module not in within and not [*module.children()]) or (linear and refused):
@@ -329,9 +331,9 @@ def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool, whole: 
 
 
 @torch.no_grad()
-def _returns_more(module: nn.Linear) -> bool:
+def _returns_more(module: Any) -> bool:
     """Whether a subclass of nn.Linear gives something else than one output of its size, as Llama 4's router does."""
-    if type(module).forward is nn.Linear.forward:
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return False
     try:
         output = module(module.weight.new_zeros(1, module.in_features))
