@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from preceptor.errors import ModelError
+from preceptor.model.adapters.dora import start_at_lengths
 from preceptor.model.adapters.patterns import ALL_LINEAR, alphas_by_name, expert_parameters, growth, set_patterns
 from preceptor.model.adapters.pissa import keep_first_values, start_at_singular_values, without_singular_values
 from preceptor.model.options import PLAIN, LoraOptions
@@ -83,6 +84,8 @@ def add_adapter(
         except ValueError as error:
             raise ModelError(f"adapter: {_reason(error)}") from error
         assert isinstance(adapted, PeftModel)
+        if options.dora:
+            start_at_lengths(adapted)
         if options.keeps_first_values:
             if first_values:
                 start_at_singular_values(adapted, fast=options.init == "pissa_fast")
