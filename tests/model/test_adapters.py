@@ -96,6 +96,19 @@ def test_every_adapter_has_a_part_in_the_loss(kind):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "minimax_m2", "qwen3_moe", "olmoe", "qwen3_next", "qwen2_moe", "gpt_oss"])
+def test_no_router_that_returns_more_than_scores_is_adapted(kind):
+    model = add_adapter(tiny_model(kind, num_experts=4, num_experts_per_tok=2), 4, 8.0, 0.0, None, [], seed=0)
+    adapted = {at.replace(".base_layer", "").rpartition(".")[2] for at, _ in lora_layers(model)}
+    assert "experts" in adapted and adapted.isdisjoint({"gate", "router"})
+    assert not any("gate.weight" in target for target in model.peft_config["default"].target_parameters)
+
+
+def test_a_router_that_is_a_linear_layer_is_adapted():
+    model = add_adapter(tiny_of("afmoe"), 4, 8.0, 0.0, None, [], seed=0)
+    assert any(at.endswith("router.gate") for at, _ in lora_layers(model))
+
+
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft, of its own pattern
 def test_no_adapter_is_on_a_towers_convolution_either():
     """For a mixture of experts peft takes the ends of names: `proj` of the tower's attention, and of its patches."""

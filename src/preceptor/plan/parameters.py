@@ -179,9 +179,8 @@ def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) 
         if adapter.options.dora:
             found.update([(True, (linear.outputs,)) for linear in linears])
         if experts is not None and adapter.adapts_experts:
-            all_ranks, width, rewritten = experts.count * rank, experts.width, shape.family.adapts_router
-            sides += [((1 + rewritten) * all_ranks, hidden, 2 * width), (all_ranks, width, hidden)]
-            sides += [(rank, hidden, experts.count)] * rewritten
+            all_ranks, width, times = experts.count * rank, experts.width, 2 if shape.family.doubles_rank else 1
+            sides += [(times * all_ranks, hidden, 2 * width), (all_ranks, width, hidden)]
         for of_rank, inputs, outputs in sides:
             found.update([(True, (of_rank, inputs)), (True, (outputs, of_rank))])
     if num_new_tokens:

@@ -15,6 +15,7 @@ from preceptor.model.options import LoraOptions
 from preceptor.model.parts import matches, require_matches
 
 ALL_LINEAR = "all-linear"
+_ROUTER = "gate.weight"  # as peft names it
 
 
 def set_patterns(config: LoraConfig, model: PreTrainedModel, options: LoraOptions, layers: Collection[str]) -> None:
@@ -25,7 +26,7 @@ def set_patterns(config: LoraConfig, model: PreTrainedModel, options: LoraOption
     """
     times, grown = growth(options)
     config.r, config.lora_alpha = config.r * times, config.lora_alpha * grown  # type: ignore[assignment]
-    doubled = _rewrite_targets(config, model)
+    doubled = _rewrite_targets(config, model, layers)
     names = _adapted_names(config, model, layers)
     found: list[dict[str, Any]] = []
     for key, own, factor in (
@@ -43,8 +44,9 @@ def set_patterns(config: LoraConfig, model: PreTrainedModel, options: LoraOption
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def _rewrite_targets(config: LoraConfig, model: PreTrainedModel) -> list[str]:
+def _rewrite_targets(config: LoraConfig, model: PreTrainedModel, layers: Collection[str]) -> list[str]:
     """Let peft rewrite its targets for experts that were linear layers in transformers 4, as it does at every load.
+    Not for their router, which was one too and now returns more than scores.
 
     Returns the names of the tensors that hold two such layers, which get twice the rank. peft names them by a pattern
     that also fits what has a pattern of its own, and in the saved file is read before it; so it is taken out again.
@@ -53,6 +55,9 @@ def _rewrite_targets(config: LoraConfig, model: PreTrainedModel) -> list[str]:
         convert_peft_config_for_transformers(config, model, None)
     except ValueError as error:
         raise ModelError(f"adapter: {error}") from error
+    targets = config.target_parameters or ()
+    if _ROUTER in targets and not any(f".{name}".endswith(".gate") for name in layers):
+        config.target_parameters = sorted({*targets} - {_ROUTER})
     fused, config.rank_pattern, config.alpha_pattern = list(config.rank_pattern), {}, {}
     return [name for name in expert_parameters(model) if get_pattern_key(fused, name) in fused]
 
