@@ -7,7 +7,9 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from preceptor import config
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.train.optimizer import build_optimizer, clip_gradients, schedule
+from tiny import tiny_model
 
 
 def course(lr_scheduler, total=100, warmup=10, final=0.1, decay=None):
@@ -74,6 +76,24 @@ def test_matrices_decay_and_the_rest_does_not():
     optimizer = build_optimizer(model, 0.1, [0.9, 0.95])
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays == {id(model[0].weight): 0.1, id(model[0].bias): 0.0, id(model[1].weight): 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft looks for layers alone
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_muon_is_for_no_stack_of_experts_matrices(kind):
+    """A and B of all experts of a layer are one tensor of two dimensions, which no product makes a matrix."""
+    model = add_adapter(tiny_model(kind, num_experts=4, num_experts_per_tok=2), 4, 8.0, 0.0, None, [], seed=0)
+    names = {id(p): own_name for own_name, p in model.named_parameters()}
+    rules = {
+        names[id(p)]: group["rule"]
+        for group in build_optimizer(model, name="muon", momentum=0.95).param_groups
+        for p in group["params"]
+    }
+    assert {rule for own_name, rule in rules.items() if ".experts." in own_name} == {"adamw"}
+    assert {rule for own_name, rule in rules.items() if ".self_attn." in own_name} == {"muon"}
+    one = add_adapter(tiny_model("gpt_oss", num_local_experts=1, num_experts_per_tok=1), 4, 8.0, 0.0, None, [], seed=0)
+    rules_of_one = {group["rule"] for group in build_optimizer(one, name="muon", momentum=0.95).param_groups}
+    assert rules_of_one == {"muon"}
 
 
 def test_clipping_returns_the_norm_before_it():

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from preceptor import config
 from preceptor.errors import ModelError, first_line, is_out_of_memory
 from preceptor.model.activations.modules import is_plain_parameter
+from preceptor.model.adapters.pissa import stacks_of_experts
 from preceptor.model.compiled import compile_seconds, no_compiler
 from preceptor.model.numerics import require_close
 from preceptor.model.parts import decoder_layers, matches, require_factors_fit
@@ -44,6 +45,7 @@ def build_optimizer(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     half = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
     in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()} if name == "muon" else set()
+    in_layers -= stacks_of_experts(model)
     patterns = lr_factors or {}
     require_factors_fit(patterns, list(trained))
     groups: dict[Any, dict[str, Any]] = {}
