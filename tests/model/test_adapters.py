@@ -10,9 +10,11 @@ from peft import PeftModel
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.pissa import lora_layers
 from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.options import LoraOptions
 from tiny import SEEING, chain, merged, seeing_model, tiny_model
 from tiny_types import tiny_of
 
@@ -94,6 +96,19 @@ def test_every_adapter_has_a_part_in_the_loss(kind):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "minimax_m2", "qwen3_moe", "olmoe", "qwen3_next", "qwen2_moe", "gpt_oss"])
+def test_no_router_that_returns_more_than_scores_is_adapted(kind):
+    model = add_adapter(tiny_model(kind, num_experts=4, num_experts_per_tok=2), 4, 8.0, 0.0, None, [], seed=0)
+    adapted = {at.replace(".base_layer", "").rpartition(".")[2] for at, _ in lora_layers(model)}
+    assert "experts" in adapted and adapted.isdisjoint({"gate", "router"})
+    assert not any("gate.weight" in target for target in model.peft_config["default"].target_parameters)
+
+
+def test_a_router_that_is_a_linear_layer_is_adapted():
+    model = add_adapter(tiny_of("afmoe"), 4, 8.0, 0.0, None, [], seed=0)
+    assert any(at.endswith("router.gate") for at, _ in lora_layers(model))
+
+
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft, of its own pattern
 def test_no_adapter_is_on_a_towers_convolution_either():
     """For a mixture of experts peft takes the ends of names: `proj` of the tower's attention, and of its patches."""
@@ -154,6 +169,22 @@ def test_target_modules():
         ModelError, match=r"query.*it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     ):
         adapted("llama", target_modules=["q_proj", "query"])
+
+
+def test_linear_layers_whose_matrices_lie_turned_are_named_like_others():
+    """GPT-2's Conv1D."""
+    names = ("c_attn", "c_fc", "c_proj")
+    options = LoraOptions(rank_pattern=(("c_attn", 2),))
+    for targets in (list(names), None):
+        model = add_adapter(tiny_model("gpt2"), 4, 8.0, 0.0, targets, [], 0, options)
+        ranks = {at.rpartition(".")[2]: layer.r["default"] for at, layer in lora_layers(model)}
+        assert ranks == {"c_attn": 2, "c_fc": 4, "c_proj": 4}
+    model = add_adapter(tiny_model("gpt2"), 4, 8.0, 0.0, ["c_attn"], [], 0)
+    assert {at.rpartition(".")[2] for at, _ in lora_layers(model)} == {"c_attn"}
+    inside = add_adapter(tiny_model("gpt2"), 4, 8.0, 0.0, None, [], 0, LoraOptions(modules_to_save=("h.0.mlp",)))
+    assert not any("h.0.mlp" in at for at, _ in lora_layers(inside))
+    with pytest.raises(ModelError, match=r"no linear layer named q_proj; it has c_attn, c_fc, c_proj"):
+        add_adapter(tiny_model("gpt2"), 4, 8.0, 0.0, ["q_proj"], [], 0)
 
 
 def test_the_names_of_adapted_layers_have_one_order_in_every_process(tmp_path):

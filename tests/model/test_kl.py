@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from preceptor.data.forest import pack_trees
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.loss.linear_cross_entropy import output_head
@@ -90,3 +91,41 @@ def test_tokens_that_the_base_never_saw_are_not_held_to_it(sequence):
     read = (*Engine(model).loss_hidden_states(sequence), output_head(model))
     whole, fewer, none = (kl_to_base(*read, base, sequence).item() for base in found)
     assert whole > fewer > none == 0.0
+
+
+UNTRAINED = (60, 61)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("known_before", [UNTRAINED, UNTRAINED[:1]])  # a row that an earlier run trained
+def test_beside_trained_rows_of_the_vocabulary_value_and_gradient_are_the_formula_s(kind, known_before, sequence):
+    """Rows of tokens that the base never saw: of an untied head, and of one that is the embedding."""
+    model = tiny_model(kind, dtype=torch.float64).eval()
+    model = add_adapter(model, 4, 8.0, 0.0, None, UNTRAINED, seed=0).double().eval()
+    base = ReferenceModel.of(model, 64, known_before)
+    moved(model)
+    columns = [id_ for id_ in range(64) if id_ not in UNTRAINED]
+    known = ~np.isin(sequence.target_N, known_before)
+
+    def log_probs():
+        hidden_ND = Engine(model).hidden_states(sequence)[sequence.source_N[known]]
+        logits_NV = model.get_base_model().lm_head(hidden_ND)
+        cap = output_head(model).softcap
+        return torch.log_softmax((cap * torch.tanh(logits_NV / cap) if cap else logits_NV)[:, columns], dim=-1)
+
+    with torch.no_grad(), model.disable_adapter():
+        log_q = log_probs()
+    log_p = log_probs()
+    weight_N = torch.from_numpy(sequence.weight_N)[known]
+    expected = (weight_N * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+    expected.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    found = kl_to_base(*Engine(model).loss_hidden_states(sequence), output_head(model), base, sequence)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10) and found.item() > 1e-6
+    found.backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            none = torch.zeros_like(p)
+            gradients = (none if p.grad is None else p.grad), wanted.get(name, none)
+            torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12, msg=name)

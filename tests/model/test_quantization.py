@@ -154,6 +154,11 @@ def test_what_is_quantized(model_type):
     assert num_parameters(model) == before
 
 
+def test_a_model_without_what_can_be_quantized_is_named():
+    with pytest.raises(ModelError, match=r"model\.quantization: GPT2LMHeadModel has no torch\.nn\.Linear"):
+        quantize(tiny_model("gpt2"), "nf4", True, "cpu")
+
+
 @pytest.mark.parametrize("name", ["q_proj", "layers.0"])
 def test_what_is_quantized_is_not_trained_whole(name):
     with pytest.raises(ModelError, match=rf"adapter\.modules_to_save: .*{name} is quantized and cannot be trained"):

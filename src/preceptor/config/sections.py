@@ -252,7 +252,7 @@ class Optimizer(Section):
     decay: Duration | None = None
     """Of `wsd` (warmup, stable, decay): the last part of the run, in which the rate falls linearly. Absent: `20 %`."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate of the last step as a share of the peak."""
+    """Learning rate of the last step as a share of the peak. 0: the fall ends one step after it, so that it learns."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay, on matrices only; with sgd it is part of the gradient."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]

@@ -1,8 +1,8 @@
 """KL divergence of the tuned model from the base on the trained tokens.
 
-    kl = sum_n  w_n * sum_v p_n[v] * (log p_n[v] - log q_n[v])        p: tuned, q: base, both over the base's vocabulary
+    kl = sum_n  w_n * sum_v p_n[v] * (log p_n[v] - log q_n[v])        p: tuned, q: base, both over the tokens it knows
 
-It is taken where the trained token is one that the base knows, over its tokens alone: the base knows nothing of added
+It is taken where the trained token is one that the base knows, over such tokens alone: the base knows nothing of added
 tokens and of those that it never saw, and end-of-turn tokens should not be penalised. Chunked like the loss: at no time
 more than one chunk's logits exist, and they are computed again in backward.
 
@@ -30,6 +30,7 @@ from preceptor.model.parts import evaluating
 from preceptor.model.sharding import is_sharded, sharded_copy
 
 LOGITS_BYTES = 128 * 2**20  # budget of one chunk's float32 logits, of which there are two
+_LEFT_OUT = -1e30  # of a logit: such a token has no part in a softmax, and no gradient
 _NO_ROOM = (
     "loss.kl_coef: the copy of the base model does not fit in memory beside the model. Train an adapter, whose base is "
     "the model itself, or set loss.kl_coef: 0"
@@ -86,15 +87,16 @@ def kl_to_base(
     base_hidden_TD, base_head = base.read(sequence)
     known = (sequence.target_N < base.num_tokens) & ~np.isin(sequence.target_N, base.untrained)
     arrays = {"known": np.flatnonzero(known), "source": sequence.source_N[known], "weight": sequence.weight_N[known]}
-    given = on_device(arrays, hidden_MD.device)
+    given = on_device({**arrays, "untrained": np.array(base.untrained, dtype=np.int64)}, hidden_MD.device)
+    offset_B = _offsets(head, given["untrained"])[: base.num_tokens]
     source_N, base_source_N, weight_N = source_N[given["known"]], given["source"], given["weight"]
     step = chunk_tokens or max(1, LOGITS_BYTES // (4 * base.num_tokens))
-    if head.trained_rows is not None:  # only rows of added tokens are trained, none of the base's
+    if head.trained_rows is not None:  # none that counts here
         head = replace(head, weight_VD=head.weight_VD.detach())
 
     def divergence(hidden_CD: Tensor, base_CD: Tensor, weight_C: Tensor) -> Tensor:
         log_p_CB, log_q_CB = (
-            torch.log_softmax(each.logits(states_CD, base.num_tokens), dim=-1)
+            torch.log_softmax(each.logits(states_CD, base.num_tokens).add_(offset_B), dim=-1)
             for each, states_CD in ((head, hidden_CD), (base_head, base_CD))
         )
         kl_C = (log_p_CB.exp() * (log_p_CB - log_q_CB)).sum(dim=-1)
@@ -106,3 +108,13 @@ def kl_to_base(
         chunk = (hidden_MD[source_C], base_hidden_TD[base_source_C], weight_C)
         total = total + checkpoint(divergence, *chunk, use_reentrant=False)
     return total
+
+
+def _offsets(head: Head, untrained_U: Tensor) -> Tensor:
+    """What is added to the logits (V,): 0, or what leaves out a token that the base never saw: one of `untrained_U`, or
+    one whose row is trained."""
+    offset_V = torch.zeros(len(head.weight_VD), dtype=torch.float32, device=untrained_U.device)
+    offset_V.index_fill_(0, untrained_U, _LEFT_OUT)
+    if head.trained_rows is not None:
+        offset_V.index_fill_(0, head.trained_rows.rows_R, _LEFT_OUT)
+    return offset_V

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, ModelError
 from preceptor.model.adapters.lora import linear_layers
 from preceptor.model.options import Quantization
 from preceptor.model.sizes import is_dry_run
@@ -135,7 +135,7 @@ def quantizable(model: Any) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if name in names and name.rpartition(".")[2] not in _ROUTERS
+        if name in names and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _ROUTERS
     }
 
 
@@ -143,9 +143,15 @@ def quantizable(model: Any) -> dict[str, nn.Linear]:
 def quantize(model: Any, kind: Quantization, double: bool, device: Any) -> int:
     """Put quantized layers in the place of linear ones, one after the other, and the rest of the model on `device`.
 
-    Before an adapter is added. Returns how many layers. Raises ConfigError where bitsandbytes is not installed.
+    Before an adapter is added. Returns how many layers. Raises ConfigError where bitsandbytes is not installed, and
+    ModelError where no layer can be quantized.
     """
     found = quantizable(model)
+    if not found:
+        raise ModelError(
+            f"model.quantization: {type(model).__name__} has no torch.nn.Linear in its decoder, which alone is "
+            "quantized (GPT-2's layers are Conv1D); leave it out"
+        )
     for name, layer in found.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, QuantizedLinear(layer, kind, double, device))

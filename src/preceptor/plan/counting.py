@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from preceptor.model.adapters.pissa import stacks_of_experts
 from preceptor.model.parts import NUM_CHOSEN, NUM_EXPERTS, causal_lm, decoder_layers, tower_parameters
 from preceptor.model.quantization import quantizable
 from preceptor.plan.parameters import LayerParameters, Parameters, Tensor
@@ -45,7 +46,7 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
 
 def _tensors(model: Any) -> dict[Tensor, int]:
     """How many of each shape are trained."""
-    in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()}
+    in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()} - stacks_of_experts(model)
     found: Counter[Tensor] = Counter()
     for name, p in model.named_parameters():
         if p.requires_grad:

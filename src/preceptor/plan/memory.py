@@ -37,7 +37,10 @@ def chunk_of(device_type: str) -> int:
 
 
 def rule_of(optimizer: OptimizerName, shape: tuple[int, ...], in_layer: bool) -> str:
-    """How one weight is updated: muon is for the matrices of the layers, 8 bits for matrices, adamw for the rest."""
+    """How one weight is updated: muon is for the matrices of the layers, 8 bits for matrices, adamw for the rest.
+
+    in_layer: it is one of the layers, and no stack of several experts' matrices under LoRA.
+    """
     matrix = len(shape) == 2 and in_layer if optimizer == "muon" else len(shape) >= 2
     return "adamw" if optimizer in ("muon", "adamw_8bit") and not matrix else optimizer
 

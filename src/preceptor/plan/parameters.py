@@ -11,7 +11,8 @@ from preceptor.model.options import PLAIN, LoraOptions
 from preceptor.plan.shapes import Experts, ModelShape
 
 Tensor = tuple[bool, tuple[int, ...]]
-"""Whether it is a matrix or vector of a layer, and its shape; of a bias the number of elements, whatever its shape."""
+"""Whether it is a matrix or vector of a layer, and no stack of several experts' under LoRA; and its shape: of a bias
+the number of elements, whatever its shape."""
 _KINDS = ("embedding", "head", "attention", "norms", "mlp", "experts", "router")
 
 
@@ -134,10 +135,9 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     if adapter is not None:
         _check_targets(shape, adapter.targets)
         tensors = _adapter_tensors(shape, adapter, num_new_tokens)
-        trained = {
-            "adapter": sum(math.prod(size) * num for (in_layer, size), num in tensors.items() if in_layer),
-            "token rows": num_new_tokens * shape.hidden * (1 if shape.tied else 2),
-        }
+        rows = num_new_tokens * shape.hidden * (1 if shape.tied else 2)
+        total = sum(math.prod(size) * num for (_, size), num in tensors.items())
+        trained = {"adapter": total - rows, "token rows": rows}
     return Parameters(
         base={kind: count for kind, count in base.items() if count},
         trained={kind: count for kind, count in trained.items() if count},
@@ -190,15 +190,14 @@ def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) 
         linears = [
             linear for linear in shape.linears_of(experts) if adapter.targets is None or linear.name in adapter.targets
         ]
-        sides = [(rank, linear.inputs, linear.outputs) for linear in linears]
+        sides = [(True, rank, linear.inputs, linear.outputs) for linear in linears]
         if adapter.options.dora:
             found.update([(True, (linear.outputs,)) for linear in linears])
         if experts is not None and adapter.adapts_experts:
-            all_ranks, width, rewritten = experts.count * rank, experts.width, shape.family.adapts_router
-            sides += [((1 + rewritten) * all_ranks, hidden, 2 * width), (all_ranks, width, hidden)]
-            sides += [(rank, hidden, experts.count)] * rewritten
-        for of_rank, inputs, outputs in sides:
-            found.update([(True, (of_rank, inputs)), (True, (outputs, of_rank))])
+            all_ranks, width, times = experts.count * rank, experts.width, 2 if shape.family.doubles_rank else 1
+            sides += [(False, times * all_ranks, hidden, 2 * width), (False, all_ranks, width, hidden)]
+        for is_matrix, of_rank, inputs, outputs in sides:
+            found.update([(is_matrix, (of_rank, inputs)), (is_matrix, (outputs, of_rank))])
     if num_new_tokens:
         found[(False, (num_new_tokens, hidden))] += 1 if shape.tied else 2
     return found

@@ -19,8 +19,8 @@ class Family:
     qkv_bias, o_bias: None where config.json's `attention_bias` decides. fused: one matrix for q, k and v, one for gate
     and up. norms: before attention and MLP, after, or both. qk_norm: of each head's queries and keys, or of all heads'
     together.
-    adapts_router: an adapter on all linear layers goes on the router as well as on the experts, whose gate and up have
-    twice the rank (peft's rewriting of these types).
+    doubles_rank: an adapter on the experts' gate and up, which are one tensor, has twice the rank (peft's rewriting of
+    these types).
     defaults: what a config.json that leaves a size out means by it.
     """
 
@@ -34,7 +34,7 @@ class Family:
     sinks: bool = False
     expert_bias: bool = False
     expert_width_key: str | None = None
-    adapts_router: bool = False
+    doubles_rank: bool = False
     defaults: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -46,12 +46,12 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(qkv_bias=None, o_bias=None),
     "olmo2": Family(qkv_bias=None, o_bias=None, norms="after", qk_norm="joint"),
     "olmo3": Family(qkv_bias=None, o_bias=None, norms="after", qk_norm="joint"),
-    "mixtral": Family(expert_width_key="intermediate_size", adapts_router=True),
+    "mixtral": Family(expert_width_key="intermediate_size", doubles_rank=True),
     "phi3": Family(fused=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(head_dim=128, qkv_bias=None, o_bias=None, qk_norm="each head"),
     "qwen3_moe": Family(
-        qkv_bias=None, o_bias=None, qk_norm="each head", expert_width_key="moe_intermediate_size", adapts_router=True
+        qkv_bias=None, o_bias=None, qk_norm="each head", expert_width_key="moe_intermediate_size", doubles_rank=True
     ),
     "gemma": Family(256, True, None, None),
     "gemma2": Family(256, True, None, None, norms="both"),

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from preceptor import config
 from preceptor.errors import ModelError, first_line, is_out_of_memory
 from preceptor.model.activations.modules import is_plain_parameter
+from preceptor.model.adapters.pissa import stacks_of_experts
 from preceptor.model.compiled import compile_seconds, no_compiler
 from preceptor.model.numerics import require_close
 from preceptor.model.parts import decoder_layers, matches, require_factors_fit
@@ -44,6 +45,7 @@ def build_optimizer(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     half = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
     in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()} if name == "muon" else set()
+    in_layers -= stacks_of_experts(model)
     patterns = lr_factors or {}
     require_factors_fit(patterns, list(trained))
     groups: dict[Any, dict[str, Any]] = {}
@@ -233,11 +235,13 @@ def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int)
     """The learning rate of each step of a run (0-based): linear rise to the peak over the warm-up, then the scheduler's
     fall.
 
-    The first warm-up step already learns (peak / warm-up steps); the last step of the run has `min_lr_ratio * peak`.
+    The first warm-up step already learns (peak / warm-up steps); the last step of the run has `min_lr_ratio * peak`. Of
+    a ratio of 0 the fall ends one step later, so that each step learns, as transformers' schedules have it.
     The rate of `wsd` stays at the peak until its decay begins (Hu et al. 2024, arXiv:2404.06395).
     """
     peak, lr_scheduler = settings.learning_rate, settings.lr_scheduler
     assert peak is not None, "a resolved run has one"
+    ends_with_last = settings.min_lr_ratio > 0
     warmup_steps = begin = settings.warmup.steps(steps_per_epoch, total_steps)
     if lr_scheduler == "wsd":
         decay_steps = settings.decay.steps(steps_per_epoch, total_steps) if settings.decay else 0
@@ -248,7 +252,7 @@ def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int)
             return peak * (step + 1) / warmup_steps
         if lr_scheduler == "constant":
             return peak
-        progress = max(0, step - begin + 1) / max(1, total_steps - begin)
+        progress = max(0, step - begin + ends_with_last) / max(1, total_steps - begin)
         fall = (1 + math.cos(math.pi * progress)) / 2 if lr_scheduler == "cosine" else 1 - progress
         return peak * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * fall)
 

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -22,14 +21,17 @@ from peft import (
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from preceptor.errors import ModelError
+from preceptor.model.adapters.dora import start_at_lengths
+from preceptor.model.adapters.patterns import ALL_LINEAR, alphas_by_name, expert_parameters, growth, set_patterns
 from preceptor.model.adapters.pissa import keep_first_values, start_at_singular_values, without_singular_values
 from preceptor.model.options import PLAIN, LoraOptions
-from preceptor.model.parts import decoder_of, matches, require_matches
+from preceptor.model.parts import decoder_of
 
-ALL_LINEAR = "all-linear"
 _NAMED = 5  # of what does not fit
+_LINEAR = (nn.Linear, Conv1D)  # GPT-2's: a linear layer whose matrix lies turned
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -56,12 +58,12 @@ def add_adapter(
     layers = linear_layers(model)
     _require_targets(model, layers, target_modules)
     whole = _modules_to_save(model, options.modules_to_save, new_token_ids)
-    experts = [] if target_modules or options.dora or dropout else _expert_parameters(model)
+    experts = [] if target_modules or options.dora or dropout else expert_parameters(model)
     excluded = _out_of_reach(model, layers, target_modules is not None, whole)
-    chosen = {name for name in layers if not target_modules or name.rpartition(".")[2] in target_modules}
-    patterns = _patterns(rank, alpha, options, sorted({*chosen.difference(excluded), *experts}))
     config = LoraConfig(
         task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else ALL_LINEAR,
         target_parameters=experts or None,
@@ -71,21 +73,19 @@ def add_adapter(
         use_dora=options.dora,
         use_rslora=options.rslora,
         init_lora_weights="gaussian" if options.init == "gaussian" else True,
-        **patterns,
     )
+    set_patterns(config, model, options, layers.difference(excluded))
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
-        # peft asks transformers by a name that 5.2x deprecates; a user can do nothing about it
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        # what peft sets by itself for experts of two fused halves, and then finds no layer for
-        warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # and sets it
+        _quieten_peft()
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config, revision=revision)
         except ValueError as error:
             raise ModelError(f"adapter: {_reason(error)}") from error
         assert isinstance(adapted, PeftModel)
+        if options.dora:
+            start_at_lengths(adapted)
         if options.keeps_first_values:
             if first_values:
                 start_at_singular_values(adapted, fast=options.init == "pissa_fast")
@@ -93,6 +93,15 @@ def add_adapter(
     _train_in_float32(adapted)
     _settle(adapted.peft_config["default"])
     return adapted
+
+
+def _quieten_peft() -> None:
+    """Within `warnings.catch_warnings`: a user can do nothing about these."""
+    # peft asks transformers by a name that 5.2x deprecates
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # it looks for a pattern's layers among the linear ones, not among tensors of experts
+    warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # and sets it
 
 
 def _require_targets(model: nn.Module, layers: Collection[str], target_modules: Sequence[str] | None) -> None:
@@ -125,36 +134,6 @@ def _settle(config: Any) -> None:
     base = config.base_model_name_or_path
     if base and Path(base).is_dir():
         config.base_model_name_or_path = str(Path(base).absolute())
-
-
-def _patterns(rank: int, alpha: float, options: LoraOptions, names: Sequence[str]) -> dict[str, Any]:
-    """Rank and alpha for peft: in all, and of the layers that a pattern names, each by its whole name.
-
-    names: of all that is adapted. An adapter that keeps its first values has twice the rank, and the alpha that leaves
-    the scale as it is. Raises ModelError for a pattern that fits no name.
-    """
-    times, grown = _growth(options)
-    found: dict[str, Any] = {"r": rank * times, "lora_alpha": alpha * grown}
-    for key, own, factor in (
-        ("rank_pattern", options.rank_pattern, times),
-        ("alpha_pattern", options.alpha_pattern, grown),
-    ):
-        patterns: Mapping[str, float] = dict(own)  # type: ignore[arg-type]
-        require_matches(patterns, names, f"adapter.{key}", _fits, "adapted layer")
-        chosen = {name: next((p for p in patterns if _fits(p, name)), None) for name in names}
-        found[key] = {name: patterns[p] * factor for name, p in chosen.items() if p is not None}
-    return found
-
-
-def _growth(options: LoraOptions) -> tuple[int, float]:
-    """By what rank and alpha are multiplied for peft."""
-    times = 2 if options.keeps_first_values else 1
-    return times, math.sqrt(times) if options.rslora else times
-
-
-def _fits(pattern: str, name: str) -> bool:
-    """Whether a pattern is the name of a layer, its end, or that of a module around it."""
-    return matches(pattern, name) or matches(f"*.{pattern}", name)
 
 
 def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str], new_token_ids: Sequence[int]) -> list[str]:
@@ -215,15 +194,6 @@ def _require_trainable(name: str, module: nn.Module) -> None:
         raise ModelError(f"adapter.modules_to_save: {name} has no parameters to train; leave it out")
 
 
-def _expert_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the tensors that hold a matrix of each expert; not of experts that text does not go to (ERNIE VL)."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and name.split(".")[-2] == "experts" and "vision" not in name
-    ]
-
-
 def _train_in_float32(adapted: PeftModel) -> None:
     """Modules that are trained whole, whatever the type of the base: between casts to theirs and back.
 
@@ -272,7 +242,7 @@ def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -
     assert isinstance(saved, LoraConfig) and isinstance(ours, LoraConfig)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = _with_rows(load_peft_weights(str(folder), device="cpu"), wanted, saved, ours)
-    there, here = _settings(saved, options), _settings(ours, options)
+    there, here = _settings(saved, model, options), _settings(ours, model, options)
     wrong = [f"adapter.{key}: {value} there, {here[key]} here" for key, value in there.items() if value != here[key]]
     if not wrong:
         keys = "(adapter.target_modules, adapter.modules_to_save)"
@@ -319,15 +289,15 @@ def _with_rows(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], save
     return found
 
 
-def _settings(config: LoraConfig, options: LoraOptions) -> dict[str, str]:
+def _settings(config: LoraConfig, model: PeftModel, options: LoraOptions) -> dict[str, str]:
     """What two adapters must have in common, by the keys of the run file."""
-    times, grown = _growth(options)
+    times, grown = growth(options)
     return {
         "rank": f"{config.r / times:.15g}",
         "alpha": f"{config.lora_alpha / grown:.15g}",
         "kind": "dora" if config.use_dora else "lora",
         "use_rslora": str(bool(config.use_rslora)).lower(),
-        "alpha_pattern": json.dumps(config.alpha_pattern, sort_keys=True),
+        "alpha_pattern": json.dumps(alphas_by_name(config, model), sort_keys=True),
     }
 
 
@@ -338,7 +308,7 @@ def linear_layers(model: PreTrainedModel) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module in within and module is not head and not _returns_more(module)
+        if isinstance(module, _LINEAR) and module in within and module is not head and not _returns_more(module)
     }
 
 
@@ -355,7 +325,7 @@ def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool, whole: 
         parent, _, last = name.rpartition(".")
         mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
         passed_by = mixer and not asked and last != "in_proj"
-        linear = isinstance(module, nn.Linear) and module is not head
+        linear = isinstance(module, _LINEAR) and module is not head
         trained = any(name == other or name.startswith(f"{other}.") for other in whole)
         refused = name not in layers or passed_by or trained
         if (module not in within and not [*module.children()]) or (linear and refused):
@@ -364,9 +334,9 @@ def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool, whole: 
 
 
 @torch.no_grad()
-def _returns_more(module: nn.Linear) -> bool:
+def _returns_more(module: Any) -> bool:
     """Whether a subclass of nn.Linear gives something else than one output of its size, as Llama 4's router does."""
-    if type(module).forward is nn.Linear.forward:
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return False
     try:
         output = module(module.weight.new_zeros(1, module.in_features))

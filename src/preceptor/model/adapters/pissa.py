@@ -88,6 +88,12 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
+def stacks_of_experts(model: nn.Module) -> set[int]:
+    """Ids of the tensors A and B that hold a matrix of each expert, side by side."""
+    stacks = (layer for _, layer in lora_layers(model) if _num_experts(layer) > 1)
+    return {id(p) for layer in stacks for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)}
+
+
 def _num_experts(layer: Any) -> int:
     return int(getattr(layer, "num_experts", 1))
 
