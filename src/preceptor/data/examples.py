@@ -381,7 +381,7 @@ class RejectionCounts:
                 f"{num_rejected} of {num_examples} examples cannot be trained "
                 f"({num_rejected / num_examples:.1%}; data.max_rejected allows {most:.1%}):\n{self}\n"
                 "Fix the data, or let such examples be left out with "
-                f"`data.allow_rejected: [{', '.join(self.not_allowed)}]`"
+                f"`data.allow_rejected: [{', '.join([*sorted(self._allowed), *self.not_allowed])}]`"
             )
 
     @property
