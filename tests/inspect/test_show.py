@@ -38,6 +38,12 @@ def test_targets_are_styled_and_line_ends_are_visible():
     assert all(("green" in style) == (piece in "message") for piece, style in styles.items())
 
 
+def test_a_token_shows_the_characters_that_have_no_shape():
+    tokenizer = tiny_tokenizer()
+    shown = to_text(tree(tokenizer, "a\u202euser\u200dmessage"), tokenizer).plain
+    assert shown == r"a\u202euser\u200dmessage"
+
+
 def test_branches_and_rejections_are_said():
     tokenizer = tiny_tokenizer()
     branched = Tree(

@@ -122,7 +122,7 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -
             trained = at >= num_read
             at += len(piece.ids)
             style = _STYLES["target" if trained else "context"][place % 2]
-            shown = visible(piece.text).replace("\n", "⏎\n").replace("\t", "⇥\t")
+            shown = visible(piece.text, joiners=False).replace("\n", "⏎\n").replace("\t", "⇥\t")
             text.append(shown, f"bold {style}" if piece.special else style)
         text.append("⟧" * (trained and not coloured))
     return text
