@@ -266,8 +266,9 @@ def test_values_in_messages_are_short_and_cheap():
 
 # What reaches a terminal --------------------------------------------------------------------------------------------
 
-RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-NASTY = "\x1b[31mred\x1b]0;title\x07\x9b2J\x85\r\x00\x7f"
+HIDDEN = "\u202e\u200b\u2066\ufeff\xad\U000e0041"  # turns the text, or is not seen
+RAW = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{HIDDEN}]")
+NASTY = "\x1b[31mred\x1b]0;title\x07\x9b2J\x85\r\x00\x7f" + HIDDEN
 
 
 def hostile_rows():

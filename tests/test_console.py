@@ -38,6 +38,28 @@ def test_in_a_notebook_text_goes_to_its_file(monkeypatch):
     assert text.getvalue() == "a line\n" and not own.is_terminal
 
 
+WORDS = (
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f468\u200d\U0001f469\u200d\U0001f467 caf\xe9\u3000\xa0\n\t"
+)
+
+
+def test_what_hides_or_turns_text_is_spelled_out():
+    """As the pages do with the tokens of an example; elsewhere Persian, Hindi and emoji keep their joiners."""
+    assert console.visible(WORDS) == WORDS
+    assert console.visible(WORDS, joiners=False) == WORDS.replace("\u200c", r"\u200c").replace("\u200d", r"\u200d")
+    hidden = "\x1b\r\x85\xad\u200b\u200e\u202e\u2069\ufeff\U000e0041"
+    spelled = r"\x1b\x0d\x85\xad\u200b\u200e\u202e\u2069\ufeff\U000e0041"
+    assert console.visible(hidden) == console.visible(hidden, joiners=False) == spelled
+
+
+def test_json_spells_it_out_as_json_does(capsys):
+    found = {"text": f"{WORDS}\x7f\x85\u202e\U000e0041"}
+    for indent in (None, 2):
+        console.print_json(found, indent)
+        out = capsys.readouterr().out
+        assert json.loads(out) == found and r"\u007f\u0085\u202e\udb40\udc41" in out and "\u200d" in out
+
+
 def test_streams_that_fail_end_nothing(monkeypatch):
     """A reader that is gone, a full disk, a stream that is closed; also what Python flushes when it ends."""
     reader, writer = os.pipe()

@@ -1,12 +1,14 @@
 """Consoles and progress bars: results on standard output, progress on standard error, none where it is no terminal.
 
 All output goes through here, and none of what comes from data, models and names reaches a terminal as a control
-character: `visible` shows it as `\\x1b`.
+character, or as one that hides or turns text: `visible` shows `\\x1b` and `\\u202e`.
 """
 
 import os
+import struct
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, Self
@@ -22,13 +24,43 @@ _FILE_WIDTH = 160  # characters of a table in a file
 _EVERY_EXAMPLES = 20
 _SECONDS = 0.1  # between two drawings
 
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-_JSON_CONTROL = {code: f"\\u{code:04x}" for code in range(127, 160)}  # json.dumps escapes the others
+_JOINERS = "\u200c\u200d"  # which emoji, and Persian and Hindi words, are written with
 
 
-def visible(text: str) -> str:
-    """The text with its control characters (C0, C1, DEL) spelled out, but for line ends and tabs."""
-    return text.translate(_CONTROL)
+class _Escapes(dict[int, str | int]):
+    """For `str.translate`: control and format characters (Cc, Cf) as escapes, but for those that are kept."""
+
+    def __init__(self, kept: str, spell: Callable[[str], str]) -> None:
+        super().__init__()
+        self._kept, self._spell = kept, spell
+
+    def __missing__(self, code: int) -> str | int:
+        character = chr(code)
+        is_shown = unicodedata.category(character) not in ("Cc", "Cf") or character in self._kept
+        self[code] = code if is_shown else self._spell(character)
+        return self[code]
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+def _json_escape(character: str) -> str:
+    return "".join(f"\\u{unit:04x}" for (unit,) in struct.iter_unpack(">H", character.encode("utf-16-be")))
+
+
+_HIDDEN = _Escapes("\n\t" + _JOINERS, _escape)
+_ALL_HIDDEN = _Escapes("\n\t", _escape)
+_HIDDEN_IN_JSON = _Escapes("\n" + _JOINERS, _json_escape)
+
+
+def visible(text: str, joiners: bool = True) -> str:
+    """The text with characters that control a terminal (C0, C1, DEL), or hide or turn text (Cf), spelled out.
+
+    As they are: line ends, tabs and, with `joiners`, the zero-width joiner and non-joiner.
+    """
+    return text.translate(_HIDDEN if joiners else _ALL_HIDDEN)
 
 
 def say(text: str, error: bool = False) -> None:
@@ -38,7 +70,7 @@ def say(text: str, error: bool = False) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """Print JSON as files hold it: NaN and infinity are null."""
-    print(json_text(value, indent).translate(_JSON_CONTROL))
+    print(json_text(value, indent).translate(_HIDDEN_IN_JSON))
 
 
 class TerminalConsole(Console):

@@ -216,7 +216,7 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         train_dataset=datasets.Dataset.from_list(rows),
         formatting_func=lambda row: f"{row['q']} {row['a']}",
     )
-    assert "1? 2." in str(trainer.run.show(1))
+    assert "1⟦? 2." in str(trainer.run.show(1))
 
 
 @pytest.mark.parametrize(
@@ -385,11 +385,11 @@ def test_a_formatting_function_gives_one_string(base_folder, tmp_path, made, say
 @pytest.mark.parametrize(
     ("rows", "field", "trained", "note"),
     [
-        ([{"body": "Some text."}], "body", "Some text.", None),
-        ([{"body": "Some text.", "text": "Other text."}], "body", "Some text.", None),
-        ([{"text": "Some text."}], "text", "Some text.", None),
-        ([{"text": "Some text.", "instruction": "a", "output": "b"}], "text", "Some text.", None),
-        ([{"text": "Some text.", "instruction": "a", "output": "b"}], None, "Some text.", None),
+        ([{"body": "Some text."}], "body", "S⟦ome text.", None),
+        ([{"body": "Some text.", "text": "Other text."}], "body", "S⟦ome text.", None),
+        ([{"text": "Some text."}], "text", "S⟦ome text.", None),
+        ([{"text": "Some text.", "instruction": "a", "output": "b"}], "text", "S⟦ome text.", None),
+        ([{"text": "Some text.", "instruction": "a", "output": "b"}], None, "S⟦ome text.", None),
         ([{"body": "a", **conversations(1)[0]}], "body", "start 0?<|im_end|>", "'body' is not read: `messages`"),
         ([{"body": "a", "prompt": "b", "completion": "c"}], "body", "⟦c", "'body' is not read: `prompt`"),
     ],

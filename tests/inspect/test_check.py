@@ -1,6 +1,7 @@
 """`preceptor check`: what it counts against counts made another way, what it prints, and when it passes."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -180,6 +181,7 @@ def test_it_passes_only_if_every_rejection_is_allowed(check, run_file):
     rows = [*conversations(3), {"messages": [USER]}, {"text": ""}]
     code, out, _ = check(run_file(rows, data__allow_rejected=["no_assistant_message"]))
     assert code == 3 and "not passed: 1 example rejected" in out and "allowed by data.allow_rejected" in out
+    assert "`data.allow_rejected: [no_assistant_message, empty_text]`" in out, "what was allowed stays allowed"
     allowed = ["no_assistant_message", "empty_text"]
     code, out, _ = check(run_file(rows, data__allow_rejected=allowed))
     assert code == 0 and "passed: every example is proved except 2 rejected examples, which the run file allows" in out
@@ -222,7 +224,14 @@ def test_training_does_not_count_what_is_allowed(run_file):
         "no_assistant_message"
     ]
     assert [dict(formats) for formats in prepared.formats.values()] == [{"messages": 4}]
-    with pytest.raises(ValueError, match="1 of 4 examples cannot be trained"):
+    rows.append({"text": ""})
+    allowed = {"data__allow_rejected": ["too_long", "no_assistant_message"], "data__max_rejected": 0.0}
+    advice = r"`data\.allow_rejected: \[no_assistant_message, too_long, empty_text\]`"
+    with pytest.raises(ValueError, match=advice):
+        prepare(config.load(run_file(rows, **allowed)))
+    found = to_text(to_json(check_data(config.load(run_file(rows, **allowed)))))
+    assert re.search(advice, found), "also a code that no example has yet"
+    with pytest.raises(ValueError, match="2 of 5 examples cannot be trained"):
         prepare(config.load(run_file(rows, data__max_rejected=0.0)))
 
 

@@ -292,6 +292,36 @@ def test_show_writes_the_page(monkeypatch, capsys, tmp_path, base_folder, write_
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def dom_of(text, folder):
+    """The page as a browser makes it."""
+    file = folder / "page.html"
+    file.write_text(text)
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    quiet += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
+    command = [CHROMIUM, *quiet.split(), f"--user-data-dir={folder / 'profile'}", file.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in shown.stderr
+    return shown.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page's script is not run")
+def test_in_a_browser_the_first_token_of_a_text_is_read(renderer, tmp_path):
+    text = make_page(RECORDS[5:], renderer(), "about").text
+    acts = """<script>
+      const all = [...document.querySelectorAll("[data-token]")];
+      all[0].dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+    </script></body>"""
+    dom = dom_of(text.replace("</body>", acts), tmp_path)
+    tree = dom[dom.index('<div class="tree">') : dom.index("</main>")]
+    (row,) = island_of(text)["examples"]
+    num = row["num_tokens"]
+    assert row["num_trained"] == num - 1 == row["segments"][0]["num_trained"]
+    assert f"{num} tokens, {num - 1} trained" in re.sub(r"<[^>]+>", "", tree)
+    assert tree.count(" read") == 1 and 'class="t read same chosen"' in tree
+    panel = re.sub(r"<[^>]+>", "", dom[dom.index('<aside id="token"') : dom.index("</aside>")])
+    assert "context: read" in panel
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page's script is not run")
 def test_in_a_browser_rows_are_stepped_through_and_tokens_answer(renderer, tmp_path):
     """The page with a script at its end that presses → and points at a token; then its DOM is read."""
@@ -301,14 +331,7 @@ def test_in_a_browser_rows_are_stepped_through_and_tokens_answer(renderer, tmp_p
       const all = [...document.querySelectorAll("[data-token]")];
       all.find(token => token.textContent === "T").dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
     </script></body>"""
-    file = tmp_path / "page.html"
-    file.write_text(text.replace("</body>", acts))
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    quiet += "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
-    command = [CHROMIUM, *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in shown.stderr
-    dom = shown.stdout
+    dom = dom_of(text.replace("</body>", acts), tmp_path)
     assert "<h2>rows.jsonl:2</h2>" in dom and "a tree of 2 branches" in dom
     tree = dom[dom.index('<div class="tree">') : dom.index("</main>")]
     assert (

@@ -38,15 +38,47 @@ def test_targets_are_styled_and_line_ends_are_visible():
     assert all(("green" in style) == (piece in "message") for piece, style in styles.items())
 
 
+def test_a_token_shows_the_characters_that_have_no_shape():
+    tokenizer = tiny_tokenizer()
+    shown = to_text(tree(tokenizer, "a\u202euser\u200dmessage"), tokenizer).plain
+    assert shown == r"a\u202euser\u200dmessage"
+
+
 def test_branches_and_rejections_are_said():
     tokenizer = tiny_tokenizer()
     branched = Tree(
         "f:1",
-        (Segment("context", (5,), None), Segment("target", (6,), 0), Segment("target", (7,), 0)),
+        (Segment("context", (5,), None), Segment("target", (6,), 0, message=1), Segment("target", (7,), 0, message=3)),
     )
     assert "continues segment 0" in to_text(branched, tokenizer).plain
     assert "rejected: too_long: cut it" in to_text(Rejection("f:1", "too_long", "cut it"), tokenizer).plain
     assert summary_line(branched) == "3 tokens, 2 trained in 2 turns (67%)"
+
+
+def test_what_all_targets_train_is_counted_and_marked(preceptor, run_file):
+    """Of a text that is trained from its start the first token is read only; a turn may be in several segments."""
+    tokenizer = tiny_tokenizer()
+    ids = tuple(tokenizer("a user message")["input_ids"])
+    (first, *_) = pieces_of(ids, tokenizer)
+    parts = (
+        Segment("target", ids, None),
+        Segment("target", ids[:2], 0, message=1),
+        Segment("target", ids[2:], 1, message=1),
+        Segment("target", ids, 1, weight=0.0, message=3),
+    )
+    shown = Tree("f:1", parts)
+    assert summary_line(shown).endswith(
+        f"{2 * len(ids) - 1} trained in 2 turns ({(2 * len(ids) - 1) / (3 * len(ids)):.0%})"
+    )
+    plain = to_text(shown, tokenizer, coloured=False).plain
+    assert plain.startswith(f"{first.text}⟦") and plain.count("⟦") == plain.count("⟧") == 3
+    assert plain.endswith("continues segment 1\na user message"), "of weight 0: not trained"
+    text = Tree("f:1", parts[:1])
+    assert summary_line(text) == f"{len(ids)} tokens, {len(ids) - 1} trained ({(len(ids) - 1) / len(ids):.0%})"
+    styles = {str(span.style) for span in to_text(text, tokenizer).spans if span.start < len(first.text)}
+    assert styles == {"dim"}
+    code, out, err = preceptor("show", run_file(conversations(1, turns=2), data__train_on="all"), "--example", 1)
+    assert code == 0 and "trained in 2 turns" in out and "<|im_start|>⟦user⏎" in out, out + err
 
 
 def test_what_is_trained_is_seen_without_colours_and_the_signs_are_explained(preceptor, run_file):

@@ -15,6 +15,7 @@ from preceptor.chat.template import BUILTIN
 from preceptor.config.yaml_text import parse_yaml
 from preceptor.data.examples import RejectionCounts
 from preceptor.data.loader import FEW_STEPS
+from preceptor.data.packing import count_sequences
 from preceptor.errors import ModelError
 from preceptor.hub import SCHOLAR
 from preceptor.inspect import suggestion
@@ -27,7 +28,8 @@ from tiny import tiny_tokenizer
 
 def data_of(num, length, num_examples=None, num_positions=None):
     whole = num_examples is None
-    return DataLengths([length] * num, num_examples or num, whole, "chatml", num_positions, RejectionCounts())
+    stands_for = [(num_examples or num) / num] * num
+    return DataLengths([length] * num, stands_for, whole, "chatml", num_positions, RejectionCounts())
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,33 @@ def test_examples_that_were_not_read_may_be_longer():
     assert data_of(100, 640).shortest == 640
     assert data_of(100, 640, num_examples=5000).shortest == 832
     assert data_of(100, 640, num_examples=5000, num_positions=700).shortest == 700
+
+
+def said(number, words):
+    return {"messages": [{"role": "user", "content": f"Question {number:04}"}, {"role": "assistant", "content": words}]}
+
+
+UNEVEN = {
+    "most are rejected": [[said(n, "An answer." if n % 5 == 0 else "") for n in range(4000)]],
+    "few long, many short": [[said(n, "so it goes " * 60) for n in range(100)], [said(n, "No.") for n in range(6000)]],
+    "whole and rejected": [[said(n, "An answer." if n % 5 == 0 else "") for n in range(500)]],
+}
+
+
+@pytest.mark.parametrize("files", UNEVEN.values(), ids=UNEVEN.keys())
+def test_steps_are_those_of_the_examples_that_are_trained_of_each_file(files, base_folder, write_jsonl, monkeypatch):
+    monkeypatch.setattr(suggestion, "_MOST_RENDERED", 500)
+    sources = [{"path": write_jsonl(rows, f"{number}.jsonl")} for number, rows in enumerate(files)]
+    run = config.build({"model": {"path": str(base_folder)}, "data": {"train": sources}, "out": "-"}, "test")
+    data = read_lengths(run)
+    monkeypatch.setattr(suggestion, "_MOST_RENDERED", 10**6)
+    every = read_lengths(run)
+    assert every.whole and set(every.stands_for) == {1.0}
+    assert data.num_examples == pytest.approx(len(every.lengths), rel=0.02)
+    for max_length in (1024, 4096):
+        true = count_sequences(every.lengths, max_length, seed=0)
+        assert every.sequences(max_length) == true
+        assert data.sequences(max_length) == pytest.approx(true, rel=0.05)
 
 
 class NoDryRun:

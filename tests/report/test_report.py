@@ -215,6 +215,15 @@ def test_trees_are_drawn_as_trees():
     )
 
 
+def test_the_first_token_of_a_text_that_is_trained_is_read(tmp_path):
+    found = page(
+        tmp_path / "a", examples=[example(segment(0, None, "target", "a", "b", "c"), segment(1, 0, "target", "d"))]
+    )
+    drawn = found[found.index('<section class="segment target">') :]
+    assert "target · 3 tokens, 2 trained a b c target · 1 token trained d" in text_of(drawn)
+    assert re.findall(r'<span class="(t[^"]*)" data-ids', drawn) == ["t read", "t odd", "t", "t"]
+
+
 def test_gaps_in_an_example_are_said(tmp_path):
     cut = segment(0, None, "context", "a", "b", gap={"after": 1, "num_tokens": 500})
     words = text_of(page(tmp_path / "a", examples=[example(cut)]))

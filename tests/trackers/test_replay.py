@@ -385,6 +385,10 @@ class MlflowStandIn:
     def update_run(self, run_id, status):
         pass
 
+    def get_run(self, run_id):
+        (run,) = self.runs
+        return SimpleNamespace(data=SimpleNamespace(metrics={metric.key: metric.value for metric in run.metrics}))
+
     def get_metric_history(self, run_id, name):
         (run,) = self.runs
         return [metric for metric in run.metrics if metric.key == name]
@@ -497,7 +501,8 @@ class WandbStandIn(ModuleType):
 
     def __init__(self, offline):
         super().__init__("wandb")
-        self.offline, self.rows, self.step, self.saved, self.metrics, self.url = offline, [], 0, [], {}, "there"
+        self.offline, self.rows, self.step, self.saved, self.metrics = offline, [], 0, [], {}
+        self.url = None if offline else "there"
         self.Settings, self.Table = dict, lambda columns, data: data
 
     def init(self, **options):
@@ -527,11 +532,17 @@ class WandbStandIn(ModuleType):
         self.step += 1
 
 
-@pytest.mark.parametrize("offline", [False, True])
-def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, monkeypatch, offline):
-    wandb = WandbStandIn(offline)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+@pytest.fixture
+def wandb(request, monkeypatch):
+    module = WandbStandIn(getattr(request, "param", False))
+    monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delitem(sys.modules, "preceptor.trackers.wandb_sink", raising=False)
+    yield module
+    sys.modules.pop("preceptor.trackers.wandb_sink", None)
+
+
+@pytest.mark.parametrize("wandb", [False, True], indirect=True)
+def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, wandb):
     run.evaluate(0)
     run.train(1, 7)
     assert follower.send_all(run.path, ["wandb"], print)
@@ -541,7 +552,6 @@ def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, m
     run.train(7, 8)
     run.finish()
     assert follower.send_all(run.path, ["wandb"], print)
-    sys.modules.pop("preceptor.trackers.wandb_sink", None)
     assert wandb.metrics["*"] == {"step_metric": "step"}
     assert [values["step"] for _, values in wandb.rows if "train/loss" in values] == list(range(1, 9))
     for key in ("eval/loss", "samples"):
@@ -549,6 +559,41 @@ def test_wandb_gets_evaluations_that_are_made_again_at_a_step_that_it_has(run, m
     rows = [step for step, _ in wandb.rows]
     assert rows == sorted({*rows}), "one after the other, in both sessions"
     assert str(run.path / "report.html") in wandb.saved
+
+
+def stored(name, mlflow, trackio, wandb):
+    """The step and the name of each figure that a stand-in has."""
+    if name == "mlflow":
+        return [(each.step, each.key) for run in mlflow.runs for each in run.metrics]
+    lines = trackio.lines if name == "trackio" else [values for _, values in wandb.rows]
+    return [(line["step"], key) for line in lines for key in line]
+
+
+@pytest.mark.parametrize("name", ["mlflow", "trackio", "wandb"])
+def test_a_tracker_that_has_stored_nothing_gets_all_again(run, name, mlflow, trackio, wandb):
+    run.evaluate(0)
+    RunReplay(run.path, name).send()
+    run.train(1, 3)
+    RunReplay(run.path, name).send()
+    found = [(step, key) for step, key in stored(name, mlflow, trackio, wandb) if key in ("train/loss", "eval/loss")]
+    assert found == [(0, "eval/loss"), *((step, "train/loss") for step in (1, 2, 3))], "none twice"
+    for held in (trackio.lines, wandb.rows, *(each.metrics for each in mlflow.runs)):
+        held.clear()  # it was killed before it had stored any
+    run.train(4, 4)
+    RunReplay(run.path, name).send()
+    again = [(step, key) for step, key in stored(name, mlflow, trackio, wandb) if key in ("train/loss", "eval/loss")]
+    assert again == [*found, (4, "train/loss")]
+
+
+@pytest.mark.parametrize("variable", ["TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"])
+def test_trackio_elsewhere_is_not_taken_for_empty(run, trackio, monkeypatch, variable):
+    monkeypatch.setenv(variable, "https://there")
+    monkeypatch.setattr(trackio.SQLiteStorage, "get_logs", lambda project, name: [])  # of this machine
+    run.train(1, 3)
+    RunReplay(run.path, "trackio").send()
+    run.train(4, 4)
+    RunReplay(run.path, "trackio").send()
+    assert [line["step"] for line in trackio.lines] == [1, 2, 3, 4]
 
 
 # The real ones -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,6 +148,44 @@ def test_serving_says_where_and_ends_when_told(tmp_path, capsys):
     end.set()
     thread.join(20)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def desktop(monkeypatch):
+    """What a browser is opened with, on a terminal with a display; then the server ends."""
+    found, end, said = [], threading.Event(), []
+
+    def open_browser(address):
+        file = Path(urllib.request.url2pathname(address.removeprefix("file://")))
+        found.append((address, file, file.stat().st_mode & 0o777, file.read_text()))
+        end.set()
+
+    monkeypatch.setattr("webbrowser.open", open_browser)
+    monkeypatch.setattr(watching, "has_display", lambda: True)
+    monkeypatch.setattr(watching, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr(watching, "say", said.append)
+    threading.Timer(5, end.set).start()
+    return found, end, said
+
+
+def test_a_browser_gets_the_key_in_a_file_of_this_user(tmp_path, monkeypatch, desktop):
+    """Its command line is seen by every user of the machine."""
+    found, end, said = desktop
+    (tmp_path / "#1").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "#1"))
+    serve([LiveRun(growing(tmp_path / "a"))], 0, end)
+    url = re.search(r"http://\S+", said[0])[0]
+    ((address, file, mode, text),) = found
+    assert url.split("/")[3] not in address and f"url={url}" in text
+    assert mode == 0o600 and not file.exists(), "it is removed at the end"
+
+
+def test_without_room_for_that_file_the_runs_are_served(tmp_path, monkeypatch, desktop):
+    found, end, said = desktop
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    end.set()
+    serve([LiveRun(growing(tmp_path / "a"))], 0, end)
+    assert found == [] and "no browser is opened: [Errno 2]" in said[2]
 
 
 def test_only_the_state_is_found_out_while_nothing_changes(tmp_path, capsys, monkeypatch):

@@ -383,7 +383,8 @@ class RejectionCounts:
     def require_few(self, num_rejected: int, num_examples: int, most: float) -> None:
         """Raises DataError where so many, for reasons that are not allowed, are more than the share `most`."""
         if num_rejected > most * num_examples:
-            helps = f", or let such examples be left out with `data.allow_rejected: [{', '.join(self.not_allowed)}]`"
+            codes = ", ".join([*sorted(self._allowed), *self.not_allowed])
+            helps = f", or let such examples be left out with `data.allow_rejected: [{codes}]`"
             raise DataError(
                 f"{num_rejected} of {num_examples} examples cannot be trained "
                 f"({num_rejected / num_examples:.1%}; data.max_rejected allows {most:.1%}):\n{self}\n"

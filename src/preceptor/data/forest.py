@@ -45,6 +45,12 @@ class Segment(NamedTuple):
     share: float = 1.0  # what each of its tokens adds to the divisor of the loss (dataset.py)
     message: int | None = None  # which message of its conversation a target is a part of; None: context, plain text
 
+    @property
+    def num_trained(self) -> int:
+        """Its trained tokens: those of a target, less the first of a tree, which has no token before it."""
+        is_trained = self.kind == "target" and self.weight > 0 and self.ids
+        return len(self.ids) - (self.parent is None) if is_trained else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -65,10 +71,7 @@ class Tree:
 
     @property
     def num_trained(self) -> int:
-        """Trained tokens: those of the targets, less the first of a tree that has no token before it."""
-        return sum(
-            [len(s.ids) - (s.parent is None) for s in self.segments if s.kind == "target" and s.weight > 0 and s.ids]
-        )
+        return sum([segment.num_trained for segment in self.segments])
 
 
 def has_branches(tree: Tree) -> bool:

@@ -117,7 +117,9 @@ def _verdict(found: dict[str, Any]) -> str:
         codes = ", ".join(found["allowed_but_never_seen"])
         lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it")
     if found["num_rejected_not_allowed"]:
-        codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
+        new = [reason["code"] for reason in found["rejections"] if not reason["allowed"]]
+        seen = [reason["code"] for reason in found["rejections"] if reason["allowed"]]
+        codes = ", ".join([*sorted(seen + found["allowed_but_never_seen"]), *new])
         helps = f", or let such examples be left out with `data.allow_rejected: [{codes}]`"
         lines.append(
             f"not passed: {counted(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data"

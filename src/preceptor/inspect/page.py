@@ -112,6 +112,7 @@ def example_json(example: FittedExample, renderer: Renderer) -> dict[str, Any]:
     specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(shown["segments"]):
         segment["weight"] = rendered.segments[index].weight
+        segment["num_trained"] = rendered.segments[index].num_trained
         segment["turn"] = rendered.segments[index].message
         segment["pieces"] = [
             (num, text, special, fields.setdefault(field, len(fields)))

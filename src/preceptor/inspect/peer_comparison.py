@@ -179,7 +179,7 @@ def _shown(own: PeerTokens | str, tokenizer: Any, coloured: bool) -> Text:
         return Text(own, "italic")
     text = Text()
     for piece, mark in _runs(own.ids, own.trained, tokenizer):
-        shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
+        shown = visible(piece, joiners=False).replace("\n", "⏎\n").replace("\t", "⇥\t")
         text.append(f"⟦{shown}⟧" if mark and not coloured else shown, _STYLE if mark else None)
     return text
 

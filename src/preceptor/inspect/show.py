@@ -14,6 +14,7 @@ from preceptor.console import has_colour, print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 from preceptor.data.truncation import Fitter
+from preceptor.errors import counted
 
 FIRST_EXAMPLES = 5  # shown without --example
 
@@ -115,19 +116,21 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -
         branches = segment.parent is not None and segment.parent != index - 1
         if branches:
             text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
-        marked = segment.kind == "target" and not coloured
-        text.append("⟦" * marked)
+        num_read, at, trained = len(segment.ids) - segment.num_trained, 0, False
         for place, piece in enumerate(pieces_of(segment.ids, tokenizer)):
-            style = _STYLES[segment.kind][place % 2]
-            shown = visible(piece.text).replace("\n", "⏎\n").replace("\t", "⇥\t")
+            text.append("⟦" * (at >= num_read and not trained and not coloured))
+            trained = at >= num_read
+            at += len(piece.ids)
+            style = _STYLES["target" if trained else "context"][place % 2]
+            shown = visible(piece.text, joiners=False).replace("\n", "⏎\n").replace("\t", "⇥\t")
             text.append(shown, f"bold {style}" if piece.special else style)
-        text.append("⟧" * marked)
+        text.append("⟧" * (trained and not coloured))
     return text
 
 
 def summary_line(rendered: Tree) -> str:
     """The number of tokens, and how many of them are trained."""
-    turns = sum(segment.kind == "target" for segment in rendered.segments)
+    turns = len({segment.message for segment in rendered.segments if segment.message is not None})
     share = rendered.num_trained / max(1, rendered.num_tokens)
-    of_turns = f"{turns} turn{'s' * (turns != 1)}"
-    return f"{rendered.num_tokens} tokens, {rendered.num_trained} trained in {of_turns} ({share:.0%})"
+    of_turns = f" in {counted(turns, 'turn')}" if turns else ""  # a text has none
+    return f"{rendered.num_tokens} tokens, {rendered.num_trained} trained{of_turns} ({share:.0%})"

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
 from preceptor.chat.template import BUILTIN
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 Method = Literal["auto", "full", "lora"]
 
 _MOST_RENDERED = 1000  # examples of each source
+_MOST_PACKED = 10_000  # to see how densely they pack; 50 ms
 _MAX_LENGTHS = (4096, 2048, 1024, 512, 256, 128, 64)
 _BATCH_SIZES = (4, 2, 1)
 _EPOCHS, _MOST_EPOCHS = 3, 10
@@ -54,12 +57,13 @@ _WAYS: dict[Method, tuple[dict[str, Any], ...]] = {
 
 @dataclass(frozen=True)
 class DataLengths:
-    """What the rendered examples have. num_examples: of all the data, where the files tell. num_added: tokens that the
-    chat template needs and the model's tokenizer has not.
+    """What the rendered examples have, without those that are rejected. stands_for: how many of all the data each of
+    them stands for: in its own source, where the files tell. num_added: tokens that the chat template needs and the
+    model's tokenizer has not.
     """
 
     lengths: list[int]
-    num_examples: float
+    stands_for: list[float]
     whole: bool
     chat_template: str | None  # None: the data has no conversations
     num_positions: int | None
@@ -71,9 +75,21 @@ class DataLengths:
     has_conversations: bool = True
 
     def sequences(self, max_length: int) -> int:
-        """Sequences of an epoch; exact where the sample is whole and nothing of it is held out."""
-        sampled = count_sequences(self.lengths, max_length, seed=0) * self.share_trained
-        return math.ceil(sampled if self.whole else sampled * self.num_examples / len(self.lengths))
+        """Sequences of an epoch; exact where the sample is whole and nothing of it is held out.
+
+        Else by how densely the rendered examples pack, each as often as its share of the data says.
+        """
+        lengths_N, stands_for_N = np.array(self.lengths), np.array(self.stands_for)
+        num_packed = max(len(lengths_N), min(_MOST_PACKED, self.num_examples))
+        ends_N = np.rint(np.cumsum(stands_for_N) * (num_packed / self.num_examples)).astype(int)
+        drawn_N = np.repeat(lengths_N, np.diff(ends_N, prepend=0))
+        share = self.share_trained * float(stands_for_N @ lengths_N) / int(drawn_N.sum())
+        return math.ceil(round(count_sequences(drawn_N, max_length, seed=0) * share, 6))
+
+    @property
+    def num_examples(self) -> float:
+        """Of all the data, without those that are rejected."""
+        return math.fsum(self.stands_for)
 
     @property
     def shortest(self) -> int:
@@ -90,8 +106,9 @@ def read_lengths(run: config.Run) -> DataLengths:
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, _LONGEST, "reject", chat.num_positions)
     lengths: list[int] = []
+    stands_for: list[float] = []
     counts = RejectionCounts(())
-    num_examples, num_read, whole, has_conversations = 0.0, 0, True, False
+    num_read, whole, has_conversations = 0, True, False
     for source in sources:
         num = 0
         entries = read_trees(source, fitter)
@@ -107,12 +124,13 @@ def read_lengths(run: config.Run) -> DataLengths:
         is_whole = next(entries, None) is None
         whole &= is_whole
         rows = [table.num_rows() for table in source.tables]
-        num_examples += num if is_whole or None in rows else sum(filter(None, rows))
+        num_examples = num if is_whole or None in rows else sum(filter(None, rows))
+        stands_for += [num_examples / max(num, 1)] * (len(lengths) - len(stands_for))
     if not lengths:
         raise DataError(f"no example can be trained:\n{counts}")
     template = None if chat.template is None else run.data.chat_template or chat.template.name
     return DataLengths(
-        lengths, num_examples, whole, template, chat.num_positions, counts, num_read,
+        lengths, stands_for, whole, template, chat.num_positions, counts, num_read,
         num_added=len(chat.added), template_is_given=run.data.chat_template is not None,
         has_conversations=has_conversations,
     )  # fmt: skip

@@ -27,7 +27,8 @@ class MlflowSink:
         self.tracker_id = run.tracker_id or self._found_or_made(run)
         self._client.update_run(self.tracker_id, status="RUNNING")
         history = self._client.get_metric_history(self.tracker_id, OF_EVERY_STEP)
-        self.last_step: int | None = max((metric.step for metric in history), default=None)
+        has_more = self._client.get_run(self.tracker_id).data.metrics
+        self.last_step: int | None = max((metric.step for metric in history), default=0 if has_more else -1)
         self.where = f"run {self.tracker_id} in {mlflow.get_tracking_uri()}"
 
     def _found_or_made(self, run: TrackedRun) -> str:

@@ -39,9 +39,9 @@ class TrackedRun:
 class Sink(Protocol):
     """A tracker that is open for one run. Steps come in their order, each once; an evaluation may be of an earlier one.
 
-    tracker_id: what it calls the run, to be given back next time. last_step: the last one that it has, if it can tell;
-    what follows is sent, whatever was sent before.
-    where: how to look at it.
+    tracker_id: what it calls the run, to be given back next time. where: how to look at it.
+    last_step: the last one that it has, 0 where that is an evaluation before the first, -1 where it has nothing; what
+    follows is sent, whatever was sent before. None where it cannot tell.
     """
 
     tracker_id: str | None

@@ -17,11 +17,7 @@ class TrackioSink:
         self.tracker_id: str = run.tracker_id or run.name  # a name is all that it knows a run by
         project = os.environ.get("TRACKIO_PROJECT") or PROJECT
         self.where = f"trackio show --project {project}"
-        try:
-            steps = [line["step"] for line in SQLiteStorage.get_logs(project, self.tracker_id) if OF_EVERY_STEP in line]
-        except Exception:  # no such project yet
-            steps = []
-        self.last_step: int | None = max(steps, default=None)
+        self.last_step = _last_step(project, self.tracker_id)
         self._run = trackio.init(
             project=project,
             name=self.tracker_id,
@@ -48,3 +44,13 @@ class TrackioSink:
 
     def close(self, finished: bool) -> None:
         self._run.finish()
+
+
+def _last_step(project: str, run: str) -> int | None:
+    if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):
+        return None  # what is there cannot be asked for
+    try:
+        lines = SQLiteStorage.get_logs(project, run)
+    except Exception:  # Trackio's own storage, which a version may change
+        return None
+    return max((line["step"] for line in lines if OF_EVERY_STEP in line), default=0 if lines else -1)

@@ -30,8 +30,9 @@ class WandbSink:
         self._run.define_metric(_STEP, summary="max")
         self._run.define_metric("*", step_metric=_STEP)
         self._next_row = max(self._run.step, _ROWS * run.next_step)
-        self.last_step: int | None = (self._run.summary.get(_STEP) or {}).get("max")
         offline = os.environ.get("WANDB_MODE") == "offline" or self._run.url is None
+        known = (self._run.summary.get(_STEP) or {}).get("max", -1)
+        self.last_step: int | None = None if offline else known
         self.where = f"wandb sync {folder}/offline-run-*" if offline else str(self._run.url)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """The page of watched runs, in parts that are drawn again when they change, and its server on this machine alone.
 
-It listens on loopback, reads run folders and writes nothing.
+It listens on loopback, reads run folders and writes nothing into them.
 """
 
 import json
@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from hashlib import sha256
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -218,14 +220,31 @@ def serve(live: Sequence[LiveRun], port: int, end: threading.Event) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     say(f"the runs are shown at {server.url} until Ctrl-C")
     say(f"from another machine: ssh -L {server.port}:{HOST}:{server.port} THIS_MACHINE, then the same address there")
-    if sys.stdout.isatty() and has_display():
-        webbrowser.open(server.url)
-    known = [News() for _ in live]
-    while not end.is_set():
-        started = time.monotonic()
-        for news, look in zip(known, runs.look(), strict=True):
-            if state_of(look) != news.state and (line := news.line(status_of(look))):
-                say(line)
-        end.wait(max(_LOOK_SECONDS, _SHARE * (time.monotonic() - started)))
+    with opened(server.url) if sys.stdout.isatty() and has_display() else nullcontext():
+        known = [News() for _ in live]
+        while not end.is_set():
+            started = time.monotonic()
+            for news, look in zip(known, runs.look(), strict=True):
+                if state_of(look) != news.state and (line := news.line(status_of(look))):
+                    say(line)
+            end.wait(max(_LOOK_SECONDS, _SHARE * (time.monotonic() - started)))
     server.shutdown()
     server.server_close()
+
+
+@contextmanager
+def opened(url: str) -> Iterator[None]:
+    """A browser at the address, by a file of this user's own that leads there and is removed at the end.
+
+    Every user of this machine sees a browser's command line, which would name the key.
+    """
+    with ExitStack() as files_of_it:
+        try:
+            file = files_of_it.enter_context(NamedTemporaryFile("w", prefix="preceptor-watch-", suffix=".html"))
+            file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={url}"><a href="{url}">the runs</a>')
+            file.flush()
+        except OSError as error:
+            say(f"no browser is opened: {error}")
+        else:
+            webbrowser.open(Path(file.name).as_uri())
+        yield
