@@ -6,9 +6,11 @@ import pytest
 
 from conftest import conversations
 from preceptor import Run
+from preceptor.chat import tokenise
 from preceptor.chat.tokenise import pieces_of
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Segment, Tree
+from preceptor.inspect import show
 from preceptor.inspect.show import legend, summary_line, to_text
 from tiny import tiny_tokenizer
 
@@ -42,6 +44,15 @@ def test_a_token_shows_the_characters_that_have_no_shape():
     tokenizer = tiny_tokenizer()
     shown = to_text(tree(tokenizer, "a\u202euser\u200dmessage"), tokenizer).plain
     assert shown == r"a\u202euser\u200dmessage"
+
+
+def test_the_special_tokens_are_found_out_once(monkeypatch):
+    calls, find = [], tokenise.special_ids
+    for module in (tokenise, show):
+        monkeypatch.setattr(module, "special_ids", lambda own: calls.append(own) or find(own), raising=False)
+    tokenizer = tiny_tokenizer()
+    assert to_text(tree(tokenizer, "user", "message", "user"), tokenizer).plain == "usermessageuser"
+    assert len(calls) == 1
 
 
 def test_branches_and_rejections_are_said():

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import thinking_lines
-from preceptor.chat.tokenise import pieces_of
+from preceptor.chat.tokenise import pieces_of, special_ids
 from preceptor.console import has_colour, print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
@@ -111,13 +111,13 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -
     """Text for a terminal, with visible token borders, line ends and special tokens; without colours ⟦targets⟧."""
     if isinstance(rendered, Rejection):
         return Text.assemble((f"rejected: {rendered.code}: ", "bold red"), rendered.message)
-    text = Text()
+    text, specials = Text(), special_ids(tokenizer)
     for index, segment in enumerate(rendered.segments):
         branches = segment.parent is not None and segment.parent != index - 1
         if branches:
             text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
         num_read, at, trained = len(segment.ids) - segment.num_trained, 0, False
-        for place, piece in enumerate(pieces_of(segment.ids, tokenizer)):
+        for place, piece in enumerate(pieces_of(segment.ids, tokenizer, specials)):
             text.append("⟦" * (at >= num_read and not trained and not coloured))
             trained = at >= num_read
             at += len(piece.ids)
