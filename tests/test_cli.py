@@ -276,6 +276,13 @@ def test_a_system_prompt_can_be_given_in_a_conversation():
     assert said[1] == "new conversation, with the system prompt: Be brief."
     converse([Echo()], ["/system", "5?"], None, lambda name, text: said.append(text))
     assert heard[-1] == ["5?"] and said[-2] == "new conversation, without a system prompt"
+    num = len(heard)
+    converse([Echo()], ["/help", "/nwe", "/sys Be kind."], None, lambda name, text: said.append(text))
+    assert len(heard) == num and said[-1].startswith(
+        "/sys is no message, and was not sent. Commands: /new, /system TEXT"
+    )
+    converse([Echo()], ["/etc/hosts is a file?"], None, lambda name, text: said.append(text))
+    assert len(heard) == num + 1
 
 
 def test_threads_that_wait_sleep_in_programs_too():

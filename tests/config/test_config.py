@@ -106,6 +106,7 @@ def test_an_unknown_key_inside_a_list_is_named(tmp_path):
             "columns: {qestion: a}",
             "data.train.0.columns: 'qestion' is not a key of any format; did you mean 'question'?",
         ),
+        ("columns: {query: question}", "columns: turned round: our key comes first, `{question: query}`"),
         ("columns: {xyz: a}", "known keys are messages, conversations, prompt"),
         ("nulls: keap", "data.train.0.nulls: input should be 'reject', 'drop' or 'keep'"),
     ],

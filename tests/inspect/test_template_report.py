@@ -184,6 +184,8 @@ def test_the_command(preceptor, base_folder, tmp_path):
     found = json.loads(out)
     assert code == 0 and found["assumed_special"] is None and found["stop_tokens"][0] == "<|endoftext|>"
     assert found["stops"]["answer"]["token"] == "<|im_end|>"
+    code, _, err = preceptor("template", "chatlm")
+    assert code == 2 and "no such model or template; did you mean 'chatml'? (chatml, llama3)" in err
     code, _, err = preceptor("template", base_folder)
     assert code == 4 and "has no chat template" in err
     code, _, err = preceptor("template", base_folder, "--model", base_folder)

@@ -472,6 +472,10 @@ def test_what_is_wrong_is_said(tmp_path):
 
 def test_devices_by_name_and_by_driver():
     assert find_device("4090").name == "RTX 4090" and find_device("a100-80").name == "A100 80"
+    assert find_device("rtx-4090").name == "RTX 4090" and find_device("H100").name == "H100"
+    for part in ("H1", "H10", "00", "X 4", ""):
+        with pytest.raises(ConfigError, match="not one known device"):
+            find_device(part)
     assert find_device(None).memory_bytes > 2**28
     gpu = _read_gpu(["NVIDIA H100 80GB HBM3, 81559, 9.0"])
     assert gpu is not None and gpu.half_rate == 989e12 and gpu.memory_bytes == 81559 * 2**20

@@ -1,5 +1,6 @@
 """The command `template`: what a chat template supports."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,9 @@ def template(
         raise errors.ConfigError(
             f"--model goes with chatml, llama3 or a .jinja file; {name} is taken for a model itself"
         )
+    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.8)
+    if near and not is_template and not Path(name).exists():
+        raise errors.ConfigError(f"{name}: no such model or template; did you mean {near[0]!r}? ({', '.join(BUILTIN)})")
     arguments = _template_kwargs(kwargs or [])
     assumed: tuple[str, ...] | None = None
     if is_template and model is None:

@@ -156,6 +156,8 @@ class Source(Section):
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         for key in columns:
+            if key not in ROW_KEYS and columns[key] in ROW_KEYS:
+                raise ValueError(f"turned round: our key comes first, `{{{columns[key]}: {key}}}`")
             if key not in ROW_KEYS:
                 raise ValueError(f"{key!r} is not a key of any format; {nearest(key, ROW_KEYS)}")
         return columns

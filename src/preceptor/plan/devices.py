@@ -57,18 +57,23 @@ DEVICES: tuple[DeviceSpec, ...] = (
 
 
 def find_device(name: str | None, own: str = "auto") -> DeviceSpec:
-    """The device whose name has this in it, spelt with or without spaces, hyphens and capitals; None: this machine.
+    """The device whose name has these words, spelt with or without spaces, hyphens and capitals; None: this machine.
 
     own: `train.device`, which says whether a run on this machine leaves its GPU alone.
     Raises ConfigError naming those that are known, for none or several.
     """
     if name is None or _plain(name) in ("thismachine", "this", "auto"):
         return this_machine(own)
-    found = [device for device in DEVICES if _plain(name) and _plain(name) in _plain(device.name)]
+    found = [device for device in DEVICES if _plain(name) in _spellings(device.name.lower().split())]
     if len(found) == 1:
         return found[0]
     known = ", ".join(device.name for device in DEVICES)
     raise ConfigError(f"--device {name!r}: not one known device; known are {known} and `this`")
+
+
+def _spellings(words: Sequence[str]) -> set[str]:
+    """Words that follow one another, without spaces: of A100 80 a100, 80 and a10080."""
+    return {"".join(words[start:end]) for start in range(len(words)) for end in range(start + 1, len(words) + 1)}
 
 
 def _plain(name: str) -> str:

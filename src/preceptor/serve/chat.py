@@ -46,7 +46,7 @@ def converse(
     """Let each speaker reply to each line; empty lines are skipped. `write(name, text)` shows a reply.
 
     `/new` starts a new conversation, `/system TEXT` one with another system prompt; `/system` takes that in `trained`,
-    with which the model was trained.
+    with which the model was trained. Any other word after a slash is taken for a mistyped command.
     """
 
     def begin() -> None:
@@ -62,6 +62,8 @@ def converse(
                 system = text.strip() or trained
             begin()
             write("", f"new conversation, with{f' the system prompt: {system}' if system else 'out a system prompt'}")
+        elif command[:1] == "/" and command[1:].isalpha():
+            write("", f"{command} is no message, and was not sent. Commands: /new, /system TEXT, /system; Ctrl-D ends")
         elif line:
             for speaker in speakers:
                 write(speaker.model.name, speaker.reply(line))
