@@ -53,6 +53,7 @@ class Script:
         self._assigned: dict[str, list[_Assigned]] = {}
         self._functions: dict[str, ast.FunctionDef] = {}
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
+        self._blocks: list[tuple[Place, Place]] = []  # of statements
         self._attributes: list[tuple[ast.Name, ast.keyword]] = []  # that are set: `args.learning_rate = 1e-5`
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not _is_cell(node):
@@ -65,6 +66,8 @@ class Script:
                 for name in (each for each in ast.walk(target) if isinstance(each, ast.Name)):
                     self._add(name.id, None, node, -1)
             for _, statements in ast.iter_fields(node):
+                if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
+                    self._blocks.append((_extent(statements[0])[0], _extent(statements[-1])[1]))
                 for statement in statements if isinstance(statements, list) else ():
                     self._assign(statement, id(statements))
 
@@ -91,12 +94,9 @@ class Script:
                 own = None  # the model is the first of what is unpacked
             self._add(name.id, own, statement, block)
 
-    def set_later(self, *names: str) -> Iterator[ast.keyword]:
-        """What is set of an object that such a call made: `args.learning_rate = 1e-5`."""
-        for name, keyword in self._attributes:
-            made = self.resolved(name)
-            if isinstance(made, ast.Call) and self.name_of(made) in names:
-                yield keyword
+    def set_later(self, made: Sequence[ast.expr]) -> Iterator[ast.keyword]:
+        """What is set of an object that one of these calls made: `args.learning_rate = 1e-5`."""
+        return (keyword for name, keyword in self._attributes if self.made(name) in made)
 
     def set_anywhere(self, name: str) -> Iterator[tuple[ast.expr, ast.expr]]:
         """An object, and what is set as this attribute of it; not None."""
@@ -134,6 +134,23 @@ class Script:
                 break
             node = found
         return node
+
+    def made(self, node: ast.expr) -> ast.expr:
+        """What makes it: as `resolved`, also through functions of the script that end in their only `return`."""
+        for _ in range(20):
+            node = self.resolved(node)
+            function = self._functions.get(getattr(node.func, "id", "")) if isinstance(node, ast.Call) else None
+            returns = [each for each in ast.walk(function) if isinstance(each, ast.Return)] if function else []
+            if function is None or returns != function.body[-1:] or (value := returns[0].value) is None:
+                break
+            node = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
+        return node
+
+    def is_certain(self, node: ast.AST, *others: ast.AST) -> bool:
+        """Whether the statements among which it stands hold one of the others too: no condition is between them."""
+        at, places = _extent(node)[0], [_extent(other)[0] for other in others]
+        start, end = max(block for block in self._blocks if block[0] <= at < block[1])
+        return any(start <= place < end for place in places)
 
     def _value_of(self, name: ast.Name) -> ast.expr | None:
         at = name.lineno, name.col_offset
