@@ -747,3 +747,44 @@ def test_several_trainers_are_refused(tmp_path):
     text = "SFTTrainer('m', train_dataset=load_dataset('a/b'))\n"
     with pytest.raises(ConfigError, match=r"several trainers \(lines 1, 2\): write"):
         converted(tmp_path, text * 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("AutoModelForSequenceClassification", "scores or classifies"),
+        ("BertForTokenClassification", "scores or classifies"),
+        ("AutoModelForMaskedLM", "a masked language model"),
+        ("AutoModelForSeq2SeqLM", "an encoder and a decoder"),
+        ("T5ForConditionalGeneration", "an encoder and a decoder"),
+        ("AutoModelForObjectDetection", "another model than a causal language model"),
+        ("AutoModelForCausalLM", ""),
+        ("AutoLigerKernelForCausalLM", ""),
+        ("AutoModelForImageTextToText", ""),
+        ("Qwen2VLForConditionalGeneration", ""),
+        ("AutoModel", ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model = {}.from_pretrained('m').to('cuda')\nTrainer(model=model, {})",
+        "def made(name):\n    return {}.from_pretrained(name)\nTrainer(model=made('m'), {})",
+        "def made():\n    return {}.from_pretrained('m')\nTrainer(model_init=made, {})",
+    ],
+)
+def test_models_that_are_no_causal_ones_are_refused(tmp_path, text, model, why):
+    text = text.format(model, "args=TrainingArguments('o'), train_dataset=load_dataset('a/b')")
+    if why:
+        with pytest.raises(ConfigError, match=f"{model}: it trains {'a model that ' if 'scores' in why else ''}{why}"):
+            converted(tmp_path, text)
+    else:
+        assert converted(tmp_path, text).tree["data"]["train"][0]["path"] == "a/b"
+
+
+def test_another_model_than_the_trainers_refuses_nothing(tmp_path):
+    text = "judge = AutoModelForSequenceClassification.from_pretrained('j')\n"
+    text += "model = AutoModelForCausalLM.from_pretrained('m')\nSFTTrainer({}, train_dataset=load_dataset('a/b'))"
+    assert converted(tmp_path, text.format("model")).tree["model"]["path"] == "m"
+    assert converted(tmp_path, text.format("'m'")).tree["model"]["path"] == "m"
+    assert converted(tmp_path, text.format("asked()")).missing == ["model.path", "out"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.config.peer_defaults import ARGUMENTS
-from preceptor.config.peer_kinds import refusal
+from preceptor.config.peer_kinds import refusal, refuse_models
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
@@ -77,6 +77,7 @@ def read_script(path: Path, text: str) -> PeerFile:
         )
     trainer = every[0] if every else None
     given = {} if trainer is None else _given(script, trainer, found)
+    refuse_models(_classes(script, given), str(path))
     own = _read_configs(script, trainer, given, found)
     for call in script.calls(*_CONFIGS, *_UNSLOTH_CALLS, *_TRAINERS):
         if call is trainer:
@@ -247,6 +248,16 @@ def _adapters(script: Script, trainer: ast.Call, given: Mapping[str, ast.expr]) 
             is_given = script.made(config) in [script.made(each) for each in wanted]
             wanted.append(config if is_given else call)
     return wanted
+
+
+def _classes(script: Script, given: Mapping[str, ast.expr]) -> list[str]:
+    """That of the trainer's model, or those that it may have."""
+    model = _unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
+    own = [model] if isinstance(model, ast.Call) and _loads(script, model) else []
+    if isinstance(model, ast.Constant):
+        return []
+    every = (script.owner_of(call) for call in own or script.calls("from_pretrained"))
+    return [name for name in every if re.search("For[A-Z]", name)]
 
 
 def _loads(script: Script, value: ast.expr) -> bool:
