@@ -788,3 +788,44 @@ def test_another_model_than_the_trainers_refuses_nothing(tmp_path):
     assert converted(tmp_path, text.format("model")).tree["model"]["path"] == "m"
     assert converted(tmp_path, text.format("'m'")).tree["model"]["path"] == "m"
     assert converted(tmp_path, text.format("asked()")).missing == ["model.path", "out"]
+
+
+CHANGED = """args = SFTConfig("o", learning_rate=1e-4)
+{}
+trainer = SFTTrainer("m", args, train_dataset=load_dataset("a/b"))
+{}
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("change", ["args.learning_rate = 1e-3", "setattr(args, 'learning_rate', 1e-3)"])
+def test_a_value_that_is_set_before_the_trainer_is_made_counts(tmp_path, change):
+    found = converted(tmp_path, CHANGED.format(change, ""))
+    assert found.tree["optimizer"]["learning_rate"] == 1e-3 and "learning_rate" not in dict(found.notes)
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "weight_decay"])  # that is written out, and that is a default
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("args.{} *= 2", ""),
+        ("args.{}, x = 1.0, 2", ""),
+        ("args.{} = other.x = 1.0", ""),
+        ("args.{} = asked()", ""),
+        ("if big:\n    args.{} = 1.0", ""),
+        ("if big:\n    setattr(args, '{}', 1.0)", ""),
+        ("", "trainer.args.{} = 1.0"),
+        ("", "args.{} = 1.0"),
+        ("", "setattr(trainer.args, '{}', 1.0)"),
+    ],
+)
+def test_a_value_that_is_changed_otherwise_is_named_and_not_taken(tmp_path, before, after, key):
+    found = converted(tmp_path, CHANGED.format(before.format(key), after.format(key)))
+    assert key not in found.tree["optimizer"]
+    assert "no value that is written out" in dict(found.notes)[key] and "(line " in dict(found.notes)[key]
+
+
+def test_a_value_of_which_the_name_is_not_known_leaves_no_default(tmp_path):
+    found = converted(tmp_path, CHANGED.format("for key in more:\n    setattr(args, key, more[key])", ""))
+    assert "**setattr(args, key, more[key]) (line 3)" in dict(found.notes)
+    assert found.tree["optimizer"] == {"learning_rate": 1e-4}

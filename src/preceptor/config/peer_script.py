@@ -87,7 +87,7 @@ def read_script(path: Path, text: str) -> PeerFile:
         elif not found.unoffered:
             what = f"{script.name_of(call)} (line {call.lineno})"
             found.unread.append(f"{what}: left out, as the trainer does not get it: nothing to set")
-    later = [*script.set_later([*own, *script.calls("ModelConfig", "ScriptArguments")])]
+    later = [*script.set_later([*own, *script.calls("ModelConfig", "ScriptArguments")], trainer)]
     later += [keyword for call in own if script.name_of(call) == "replace" for keyword in call.keywords]
     for keyword in sorted(later, key=lambda keyword: (keyword.value.lineno, keyword.value.col_offset)):
         found.settings.pop(keyword.arg or "", None)

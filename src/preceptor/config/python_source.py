@@ -54,7 +54,8 @@ class Script:
         self._functions: dict[str, ast.FunctionDef] = {}
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
         self._blocks: list[tuple[Place, Place]] = []  # of statements
-        self._attributes: list[tuple[ast.Name, ast.keyword]] = []  # that are set: `args.learning_rate = 1e-5`
+        self._set: list[tuple[ast.expr, str | None, ast.expr]] = []  # owner, attribute, and where it is set
+        self._values: dict[ast.expr, ast.expr] = {}  # of what is set so: `args.learning_rate = 1e-5`
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not _is_cell(node):
                 self._scopes.append(
@@ -62,7 +63,13 @@ class Script:
                 )
             if isinstance(node, ast.FunctionDef):
                 self._functions[node.name] = node
-            for target in _other_targets(node):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                self._set.append((node.value, node.attr, node))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and len(node.args) == 3:
+                key = getattr(node.args[1], "value", None)  # of a text
+                self._set.append((node.args[0], key if isinstance(key, str) else None, node))
+                self._values[node] = node.args[2]
+            for target in (each for each in _other_targets(node) if not isinstance(each, ast.Attribute)):
                 for name in (each for each in ast.walk(target) if isinstance(each, ast.Name)):
                     self._add(name.id, None, node, -1)
             for _, statements in ast.iter_fields(node):
@@ -81,8 +88,7 @@ class Script:
             target, value = statement.target, statement.value
         else:
             return
-        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-            self._attributes.append((target.value, ast.keyword(target.attr, value)))
+        self._values[target] = value
         several = isinstance(target, ast.Tuple)
         for place, name in enumerate(target.elts if isinstance(target, ast.Tuple) else [target]):
             if not isinstance(name, ast.Name):
@@ -94,9 +100,22 @@ class Script:
                 own = None  # the model is the first of what is unpacked
             self._add(name.id, own, statement, block)
 
-    def set_later(self, made: Sequence[ast.expr]) -> Iterator[ast.keyword]:
-        """What is set of an object that one of these calls made: `args.learning_rate = 1e-5`."""
-        return (keyword for name, keyword in self._attributes if self.made(name) in made)
+    def set_later(self, made: Sequence[ast.expr], trainer: ast.Call | None) -> Iterator[ast.keyword]:
+        """What is set of an object that one of these calls made: `args.learning_rate = 1e-5`.
+
+        Where it changes a value, stands under a condition, or comes after the trainer is made, no value can be told:
+        then its place is in the place of a value.
+        """
+        for owner, name, node in self._set:
+            of_trainer = ast.unparse(owner).endswith(".args") and ast.unparse(owner) != "self.args"
+            call = self.made(owner)
+            if not of_trainer and call not in made:
+                continue
+            is_later = trainer is not None and self.is_certain(node, trainer) and _extent(node) > _extent(trainer)
+            is_certain = (
+                self.is_certain(node, call, *([trainer] if trainer else [])) and not of_trainer and not is_later
+            )
+            yield ast.keyword(name, self._values.get(node, node) if is_certain and name else node)
 
     def set_anywhere(self, name: str) -> Iterator[tuple[ast.expr, ast.expr]]:
         """An object, and what is set as this attribute of it; not None."""
@@ -149,7 +168,7 @@ class Script:
     def is_certain(self, node: ast.AST, *others: ast.AST) -> bool:
         """Whether the statements among which it stands hold one of the others too: no condition is between them."""
         at, places = _extent(node)[0], [_extent(other)[0] for other in others]
-        start, end = max(block for block in self._blocks if block[0] <= at < block[1])
+        start, end = max((block for block in self._blocks if block[0] <= at < block[1]), default=(at, at))
         return any(start <= place < end for place in places)
 
     def _value_of(self, name: ast.Name) -> ast.expr | None:
