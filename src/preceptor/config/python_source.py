@@ -52,6 +52,7 @@ class Script:
         self.derived = {own.name: base for own in classes for node in own.bases if (base := _last_name(node)) in bases}
         self._assigned: dict[str, list[_Assigned]] = {}
         self._functions: dict[str, ast.FunctionDef] = {}
+        self._shared: set[str] = set()  # names that a function gives a value elsewhere
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
         self._blocks: list[tuple[Place, Place]] = []  # of statements
         self._set: list[tuple[ast.expr, str | None, ast.expr]] = []  # owner, attribute, and where it is set
@@ -71,7 +72,9 @@ class Script:
                 self._values[node] = node.args[2]
             for target in (each for each in _other_targets(node) if not isinstance(each, ast.Attribute)):
                 for name in (each for each in ast.walk(target) if isinstance(each, ast.Name)):
-                    self._add(name.id, None, node, -1)
+                    self._add(name.id, None, name, -1)  # from there on, also within the loop of that name
+            if isinstance(node, ast.Global | ast.Nonlocal):
+                self._shared |= {*node.names}
             for _, statements in ast.iter_fields(node):
                 if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
                     self._blocks.append((_extent(statements[0])[0], _extent(statements[-1])[1]))
@@ -174,8 +177,10 @@ class Script:
     def _value_of(self, name: ast.Name) -> ast.expr | None:
         at = name.lineno, name.col_offset
         scopes = sorted((scope for scope in self._scopes if scope[0] <= at < scope[1]), reverse=True)  # inner first
-        every = self._assigned.get(name.id, [])
+        every = [] if name.id in self._shared else self._assigned.get(name.id, [])
+        here: tuple[Place, Place] | None = None  # of the name's own function
         for start, end, parameters in scopes:
+            here = here or (start, end)
             if name.id in parameters:
                 return None
             if own := [each for each in every if start <= each.start < end]:
@@ -186,6 +191,8 @@ class Script:
         before = [each for each in every if each.end <= at]
         if not before and len(every) == 1 and not every[0].start <= at <= every[0].end:
             before = every  # of a function that is called later
+        elif here and before and not here[0] <= before[0].start < here[1] and len(before) < len(every):
+            return None  # changed after the function is made: which value it finds depends on when it is called
         if len({each.block for each in before}) != 1:
             return None
         return before[-1].value
