@@ -835,3 +835,42 @@ def test_a_value_of_which_the_name_is_not_known_leaves_no_default(tmp_path):
     found = converted(tmp_path, CHANGED.format("for key in more:\n    setattr(args, key, more[key])", ""))
     assert "**setattr(args, key, more[key]) (line 3)" in dict(found.notes)
     assert found.tree["optimizer"] == {"learning_rate": 1e-4}
+
+
+OF_MODEL = (
+    LOADS
+    + """judge = AutoModelForCausalLM.from_pretrained("j")
+tokenizer = AutoTokenizer.from_pretrained("m")
+{}
+SFTTrainer(model, SFTConfig("o"), train_dataset=load_dataset("a/b"), processing_class=tokenizer)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("model.requires_grad_(False)", "requires_grad", 4),
+        ("model.model.embed_tokens.requires_grad_(False)", "requires_grad", 4),
+        ("for p in model.parameters():\n    p.requires_grad = False", "requires_grad", 5),
+        ("for p in model.parameters():\n    setattr(p, 'requires_grad', False)", "requires_grad", 5),
+        ("judge.requires_grad_(False)", None, 0),
+        ("def hook(module, input, output):\n    output.requires_grad_(True)", None, 0),
+        ("tokenizer.add_tokens(['<x>'])", "add_tokens", 4),
+        ("tokenizer.add_tokens(new_tokens=['<x>'])", "add_tokens", 4),
+        ("tokenizer.add_special_tokens({'additional_special_tokens': ['<x>']})", "add_special_tokens", 4),
+        ("tokenizer.add_special_tokens(more)", "add_special_tokens", 4),
+        ("add_new_tokens(model, tokenizer, new_tokens=['<x>'])", "add_new_tokens", 4),
+        ("tokenizer.add_special_tokens({'pad_token': '<pad>'})", None, 0),
+    ],
+)
+def test_weights_and_tokens_that_a_script_changes_are_not_offered(tmp_path, text, key, line):
+    found = converted(tmp_path, OF_MODEL.format(text))
+    assert [name for name, _ in found.unoffered] == ([key] if key else [])
+    for _, why in found.unoffered:
+        assert f"line {line}" in why and ("model.train_only" if key == "requires_grad" else "model's folder") in why
+
+
+def test_places_of_frozen_weights_are_named_once(tmp_path):
+    text = "model.requires_grad_(False)\nfor p in model.lm_head.parameters():\n    p.requires_grad = True"
+    assert [why[:18] for _, why in converted(tmp_path, OF_MODEL.format(text)).unoffered] == ["set in line 4, 6: "]

@@ -43,6 +43,11 @@ _OTHER_ADAPTER = (
     "all weights are trained here, which needs another learning rate"
 )
 _OTHER_ARGUMENTS = "no SFTConfig of which it is certain that the trainer gets it: set by hand what it says"
+_FROZEN = "which weights are trained is not carried over: name them in model.freeze or model.train_only"
+_TOKENS = (
+    "only tokens that the chat template needs are added here, and the text of others is read as ordinary tokens: add "
+    "them to the model's folder"
+)
 _OPEN = "not written out; what it may hold has no value here, and none by default: write it out"
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
@@ -87,6 +92,7 @@ def read_script(path: Path, text: str) -> PeerFile:
         elif not found.unoffered:
             what = f"{script.name_of(call)} (line {call.lineno})"
             found.unread.append(f"{what}: left out, as the trainer does not get it: nothing to set")
+    _name_changes(script, given, found)
     later = [*script.set_later([*own, *script.calls("ModelConfig", "ScriptArguments")], trainer)]
     later += [keyword for call in own if script.name_of(call) == "replace" for keyword in call.keywords]
     for keyword in sorted(later, key=lambda keyword: (keyword.value.lineno, keyword.value.col_offset)):
@@ -108,6 +114,26 @@ def _name_classes(script: Script, trainers: set[str], found: PeerFile) -> None:
     for owner in sorted({script.owner_of(call) for call in script.calls("from_pretrained")}):
         if re.search("Vision|ConditionalGeneration|ImageTextToText", owner):
             found.unread.append(f"{owner}: {OF_IMAGES}")
+
+
+def _name_changes(script: Script, given: Mapping[str, ast.expr], found: PeerFile) -> None:
+    """What the script changes of its model and tokenizer, without which something else is trained."""
+    model = _unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
+    lines = set()
+    for owner, place in script.places_of("requires_grad"):
+        made = _unwrapped(script, owner)[-1]
+        is_other = made is not model and model is not None and _loads(script, model) and _loads(script, made)
+        if not is_other and shown(owner) not in ("output", "outputs"):  # those of a hook for recomputation
+            lines.add(place.lineno)
+    if lines:
+        found.unoffered.append(f"requires_grad: set in line {', '.join(map(str, sorted(lines)))}: {_FROZEN}")
+    for call in script.calls("add_special_tokens", "add_tokens", "add_new_tokens"):
+        try:
+            keys = {*script.constant(call.args[0])} if call.args else set()
+        except UNREADABLE:
+            keys = set()
+        if keys != {"pad_token"}:  # padding is not trained
+            found.unoffered.append(f"{script.name_of(call)}: {shown(call)} (line {call.lineno}): {_TOKENS}")
 
 
 def _call(script: Script, call: ast.Call, found: PeerFile) -> None:

@@ -120,6 +120,13 @@ class Script:
             )
             yield ast.keyword(name, self._values.get(node, node) if is_certain and name else node)
 
+    def places_of(self, attribute: str) -> Iterator[tuple[ast.expr, ast.expr]]:
+        """An object, and where this attribute of it is set, or its method `attribute_` called."""
+        yield from ((owner, node) for owner, name, node in self._set if name == attribute)
+        for call in self.calls(f"{attribute}_"):
+            if isinstance(call.func, ast.Attribute):
+                yield call.func.value, call
+
     def set_anywhere(self, name: str) -> Iterator[tuple[ast.expr, ast.expr]]:
         """An object, and what is set as this attribute of it; not None."""
         for node in (each for each in ast.walk(self._module) if isinstance(each, ast.Assign)):
