@@ -18,6 +18,7 @@ from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
 from preceptor.config.python_source import SECRET, UNREADABLE, Script, parsed_script, shown, without_secrets
 from preceptor.config.script_data import RENDERS, data_set
+from preceptor.config.script_model import OF_UNSLOTH, adapters_of, classes_of_model, loads, type_of_moves, unwrapped
 from preceptor.errors import ConfigError
 
 _ARGUMENTS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments")
@@ -26,17 +27,7 @@ _TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
 _DERIVED = (*_ARGUMENTS, "SFTTrainer", "UnslothTrainer")  # those of which a script's own class is still of SFT
 _COMMAND_LINES = ("TrlParser", "HfArgumentParser", "ArgumentParser")
 _TOKENIZER = re.compile("Tokenizer|Processor")
-_UNSLOTH = re.compile(r"Fast\w*Model")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
-_AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
-_MOVES: Mapping[str, str | None] = {
-    **dict.fromkeys(("to", "cuda", "cpu", "train", "eval")),
-    "bfloat16": "bfloat16",
-    "half": "float16",
-    "float": "float32",
-    "double": "float64",
-}
-"""Methods of a model that return it: its type then, where the name tells it."""
 _OF_LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own defaults
 _OTHER_ADAPTER = (
     "not a LoraConfig of which it is certain that the trainer gets it: set the section `adapter` by hand; without it "
@@ -82,7 +73,7 @@ def read_script(path: Path, text: str) -> PeerFile:
         )
     trainer = every[0] if every else None
     given = {} if trainer is None else _given(script, trainer, found)
-    refuse_models(_classes(script, given), str(path))
+    refuse_models(classes_of_model(script, given), str(path))
     own = _read_configs(script, trainer, given, found)
     for call in script.calls(*_CONFIGS, *_UNSLOTH_CALLS, *_TRAINERS):
         if call is trainer:
@@ -118,11 +109,11 @@ def _name_classes(script: Script, trainers: set[str], found: PeerFile) -> None:
 
 def _name_changes(script: Script, given: Mapping[str, ast.expr], found: PeerFile) -> None:
     """What the script changes of its model and tokenizer, without which something else is trained."""
-    model = _unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
+    model = unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
     lines = set()
     for owner, place in script.places_of("requires_grad"):
-        made = _unwrapped(script, owner)[-1]
-        is_other = made is not model and model is not None and _loads(script, model) and _loads(script, made)
+        made = unwrapped(script, owner)[-1]
+        is_other = made is not model and model is not None and loads(script, model) and loads(script, made)
         if not is_other and shown(owner) not in ("output", "outputs"):  # those of a hook for recomputation
             lines.add(place.lineno)
     if lines:
@@ -151,7 +142,7 @@ def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
     elif name == "train_on_responses_only":
         _part(script, name, call.keywords, found)
     elif (
-        _UNSLOTH.fullmatch(script.owner_of(call)) and name not in found.settings
+        OF_UNSLOTH.fullmatch(script.owner_of(call)) and name not in found.settings
     ):  # a later call loads what was trained
         _part(script, name, [each for each in _named(name, call) if each.arg != "model"], found)
 
@@ -210,7 +201,7 @@ def _read_configs(
 ) -> list[ast.Call]:
     """The calls that make the arguments and the adapter of the training; a note on those that cannot be told."""
     every = list(script.calls(*_ARGUMENTS))
-    wanted: list[ast.expr] = [*script.calls("LoraConfig")] if trainer is None else _adapters(script, trainer, given)
+    wanted: list[ast.expr] = [*script.calls("LoraConfig")] if trainer is None else adapters_of(script, trainer, given)
     if trainer is not None:
         own = _arguments_of(script, given.get("args"), every, found)
     else:
@@ -251,43 +242,6 @@ def _arguments_of(script: Script, value: ast.expr | None, every: Sequence[ast.Ca
         found.unoffered.append(f"args: {shown(value)} (line {value.lineno}): {_OTHER_ARGUMENTS}{which}")
         found.is_open = True
     return [*taken, *around]
-
-
-def _adapters(script: Script, trainer: ast.Call, given: Mapping[str, ast.expr]) -> list[ast.expr]:
-    """What may be the trainer's adapter: its config, or else the call that makes it."""
-    wanted = [given["peft_config"]] if "peft_config" in given else []
-    model = _unwrapped(script, script.made(given["model"])) if "model" in given else [trainer]
-    is_known = isinstance(model[-1], ast.Constant) or _loads(script, model[-1])
-    wanted += [each for each in model if isinstance(each, ast.Call) and "Peft" in script.owner_of(each)]
-    for call in script.calls("get_peft_model", "add_adapter"):
-        if _UNSLOTH.fullmatch(script.owner_of(call)):
-            continue
-        adds = script.name_of(call) == "add_adapter" and isinstance(call.func, ast.Attribute)
-        named = {each.arg: each.value for each in call.keywords}
-        by_place = [call.func.value, *call.args] if isinstance(call.func, ast.Attribute) and adds else call.args
-        inner = named.get("model", by_place[0] if by_place else None)
-        config = named.get("adapter_config" if adds else "peft_config", by_place[1] if by_place[1:] else call)
-        is_own = inner is not None and _unwrapped(script, inner)[-1] is model[-1]
-        if call in model or (is_own and script.is_certain(call, trainer, model[-1])):
-            wanted.append(config)
-        elif is_own or not is_known:
-            is_given = script.made(config) in [script.made(each) for each in wanted]
-            wanted.append(config if is_given else call)
-    return wanted
-
-
-def _classes(script: Script, given: Mapping[str, ast.expr]) -> list[str]:
-    """That of the trainer's model, or those that it may have."""
-    model = _unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
-    own = [model] if isinstance(model, ast.Call) and _loads(script, model) else []
-    if isinstance(model, ast.Constant):
-        return []
-    every = (script.owner_of(call) for call in own or script.calls("from_pretrained"))
-    return [name for name in every if re.search("For[A-Z]", name)]
-
-
-def _loads(script: Script, value: ast.expr) -> bool:
-    return isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained"
 
 
 # The trainer ---------------------------------------------------------------------------------------------------------
@@ -347,13 +301,13 @@ def _argument(script: Script, name: str, value: ast.expr, found: PeerFile) -> No
 
 
 def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) -> None:
-    *around, value = _unwrapped(script, value)
+    *around, value = unwrapped(script, value)
     if any(script.name_of(call) == "setup_chat_format" for call in around if isinstance(call, ast.Call)):
         found.settings.setdefault("chat_template", "chatml")
     if isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained":
-        if _UNSLOTH.fullmatch(script.owner_of(value)):
+        if OF_UNSLOTH.fullmatch(script.owner_of(value)):
             return
-        value = _loaded_model(script, value, found, _type_of_moves(script, value, trainer)) or value
+        value = _loaded_model(script, value, found, type_of_moves(script, value, trainer)) or value
     elif "from_pretrained" in found.settings:
         return
     elif not isinstance(value, ast.Constant):  # how it is loaded, though not which
@@ -364,45 +318,6 @@ def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) 
         found.settings["model_name_or_path"] = script.constant(value)
     except UNREADABLE:
         found.unread.append(f"model: {shown(value)} (line {value.lineno}): not a path that is written out")
-
-
-def _unwrapped(script: Script, value: ast.expr) -> list[ast.expr]:
-    """The calls around a model, from without, and what is within: `get_peft_model(model.to("cuda"), ...)`."""
-    found = [script.resolved(value)]
-    while isinstance(call := found[-1], ast.Call) and (
-        script.name_of(call) in (*_AROUND_MODELS, *_MOVES) or script.owner_of(call).startswith("PeftModel")
-    ):
-        inner = [each.value for each in call.keywords if each.arg == "model"] or call.args
-        if script.name_of(call) in _MOVES:
-            inner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
-        if not inner:
-            break
-        found.append(script.resolved(inner[0]))
-    return found
-
-
-def _type_of_moves(script: Script, loaded: ast.Call, trainer: ast.Call) -> ast.expr | None:
-    """The last type that a model gets before its trainer, by `.to(torch.bfloat16)` or `.half()`."""
-    moves = [call for call in script.calls(*_MOVES) if call.lineno < trainer.lineno]
-    found = None
-    for call in sorted(moves, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0)):
-        if _unwrapped(script, call)[-1] is loaded:
-            found = _type_of_move(script, call) or found
-    return found
-
-
-def _type_of_move(script: Script, call: ast.Call) -> ast.expr | None:
-    named = [each.value for each in call.keywords if each.arg == "dtype"]
-    for given in (*named, *call.args):
-        try:
-            value = script.constant(given)
-        except UNREADABLE:
-            continue
-        name = _MOVES.get(value) or value if isinstance(value, str) else ""
-        if name in _MOVES.values():
-            return ast.copy_location(ast.Constant(name), call)
-    own = _MOVES[script.name_of(call)]
-    return ast.copy_location(ast.Constant(own), call) if own else named[0] if named else None
 
 
 def _loaded_model(script: Script, call: ast.Call, found: PeerFile, moved: ast.expr | None = None) -> ast.expr | None:
