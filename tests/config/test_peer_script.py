@@ -874,3 +874,9 @@ def test_weights_and_tokens_that_a_script_changes_are_not_offered(tmp_path, text
 def test_places_of_frozen_weights_are_named_once(tmp_path):
     text = "model.requires_grad_(False)\nfor p in model.lm_head.parameters():\n    p.requires_grad = True"
     assert [why[:18] for _, why in converted(tmp_path, OF_MODEL.format(text)).unoffered] == ["set in line 4, 6: "]
+
+
+def test_a_trainer_in_a_loop_is_said(tmp_path):
+    text = "SFTTrainer('m', train_dataset=load_dataset('a/b'))\n"
+    assert "one of its runs" in dict(converted(tmp_path, f"for seed in (1, 2):\n    {text}").notes)["SFTTrainer"]
+    assert "SFTTrainer" not in dict(converted(tmp_path, f"for seed in (1, 2):\n    pass\n{text}").notes)

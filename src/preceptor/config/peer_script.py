@@ -72,6 +72,10 @@ def read_script(path: Path, text: str) -> PeerFile:
             "and convert that"
         )
     trainer = every[0] if every else None
+    if trainer and script.is_repeated(trainer):
+        found.unread.append(
+            f"{script.name_of(trainer)}: in a loop (line {trainer.lineno}): one of its runs is read here"
+        )
     given = {} if trainer is None else _given(script, trainer, found)
     refuse_models(classes_of_model(script, given), str(path))
     own = _read_configs(script, trainer, given, found)

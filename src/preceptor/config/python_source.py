@@ -120,6 +120,11 @@ class Script:
             )
             yield ast.keyword(name, self._values.get(node, node) if is_certain and name else node)
 
+    def is_repeated(self, node: ast.AST) -> bool:
+        """Whether it stands in a loop."""
+        loops = (each for each in ast.walk(self._module) if isinstance(each, ast.For | ast.While))
+        return any(node in ast.walk(statement) for loop in loops for statement in loop.body)
+
     def places_of(self, attribute: str) -> Iterator[tuple[ast.expr, ast.expr]]:
         """An object, and where this attribute of it is set, or its method `attribute_` called."""
         yield from ((owner, node) for owner, name, node in self._set if name == attribute)
