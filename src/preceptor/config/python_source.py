@@ -110,7 +110,7 @@ class Script:
         then its place is in the place of a value.
         """
         for owner, name, node in self._set:
-            of_trainer = ast.unparse(owner).endswith(".args") and ast.unparse(owner) != "self.args"
+            of_trainer = shown(owner).endswith(".args") and shown(owner) != "self.args"
             call = self.made(owner)
             if not of_trainer and call not in made:
                 continue
