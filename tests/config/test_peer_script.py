@@ -533,6 +533,12 @@ def test_a_cell_of_marimo_takes_names_of_other_cells(tmp_path):
         "c = {}\nc['x'] = 1\nSFTConfig(max_steps=1, learning_rate=c)",
         "c = {}\nc.update(x=1)\nSFTConfig(max_steps=1, learning_rate=c)",
         "a = [b]\nb = [a]\nSFTConfig(max_steps=1, learning_rate=a)",
+        "lr = 2e-5\nfor lr in (1e-5, 5e-5):\n    SFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 2e-5\nwith asked() as lr:\n    SFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 2e-5\nif (lr := asked()):\n    SFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 2e-5\ndef h():\n    global lr\n    lr = 1e-3\nh()\nSFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 2e-5\ndef main():\n    SFTConfig(max_steps=1, learning_rate=lr)\nlr = 5e-5\nmain()",
+        "def main():\n    lr = 2e-5\n    def h():\n        SFTConfig(max_steps=1, learning_rate=lr)\n    lr = 3",
         "SFTConfig(max_steps=1, learning_rate=100 // 0)",
         "SFTConfig(max_steps=1, learning_rate='a' * 10**17)",
         "SFTConfig(max_steps=1, learning_rate='a' * 100)",
@@ -584,13 +590,13 @@ def test_arguments_by_their_place(tmp_path):
     assert found == {"model_name_or_path": "m", "train_dataset": {"path": "a/b"}}
     found = settings_of(tmp_path, 't = dict(model="m")\nSFTTrainer(**t)\n')
     assert found.settings == {"model_name_or_path": "m"} and not found.unread
-    assert "write their names" in settings_of(tmp_path, 'LoraConfig(16)\nSFTTrainer("m")\n').unread[0]
+    assert "write their names" in settings_of(tmp_path, 'SFTTrainer("m", peft_config=LoraConfig(16))\n').unread[0]
 
 
 def test_what_could_not_be_read_gets_no_default_of_the_trainer(tmp_path):
     file = tmp_path / "a.py"
     file.write_text(
-        'SFTConfig(learning_rate=1e-4 if big else 2e-4)\nSFTTrainer("m", train_dataset=load_dataset("a/b"))\n'
+        'a = SFTConfig(learning_rate=1e-4 if big else 2e-4)\nSFTTrainer("m", a, train_dataset=load_dataset("a/b"))\n'
     )
     assert "learning_rate" not in convert_file(file).tree.get("optimizer", {})
 
@@ -605,5 +611,272 @@ def test_texts_that_are_too_deep_are_no_bug_of_ours(tmp_path):
     ("argument", "key"), [("report_to=3", "report_to"), ("per_device_train_batch_size=1e400", "batch size")]
 )
 def test_values_that_no_setting_takes_are_noted(tmp_path, argument, key):
-    found = converted(tmp_path, f'SFTConfig({argument})\nSFTTrainer("m", train_dataset=load_dataset("a/b"))\n')
+    found = converted(tmp_path, f'SFTTrainer("m", SFTConfig({argument}), train_dataset=load_dataset("a/b"))\n')
     assert key in dict(found.notes)
+
+
+def adapted(folder, text):
+    """The adapter of the run file, and what is said of one that cannot be told."""
+    found = converted(folder, f"args = SFTConfig('o')\ndata = load_dataset('a/b')\n{text}\n")
+    assert dict(found.unoffered).keys() <= {"peft_config"}
+    return found.tree.get("adapter"), dict(found.unoffered).get("peft_config", "")
+
+
+TRAINS = "SFTTrainer({}, args, train_dataset=data)"
+LOADS = "model = AutoModelForCausalLM.from_pretrained('m', dtype='float32')\n"
+LORA = "own = LoraConfig(r=4, target_modules=['q_proj'])\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LORA + "SFTTrainer('m', args, train_dataset=data, peft_config=own)",
+        LORA + "other = LoraConfig(r=2, use_dora=True)\nSFTTrainer('m', args, train_dataset=data, peft_config=own)",
+        f"def made():\n    {LORA}    return own\nSFTTrainer('m', args, train_dataset=data, peft_config=made())",
+        LORA + LOADS + "model = get_peft_model(model, own)\n" + TRAINS.format("model"),
+        LORA + LOADS + "model = get_peft_model(peft_config=own, model=model)\n" + TRAINS.format("model.to('cuda')"),
+        LORA + LOADS + "model.add_adapter(own, 'default')\n" + TRAINS.format("model"),
+        f"def made():\n    {LOADS}    {LORA}    return get_peft_model(model, own)\n" + TRAINS.format("made()"),
+        LORA
+        + LOADS
+        + "model = get_peft_model(model, own)\nSFTTrainer(model, args, train_dataset=data, peft_config=own)",
+    ],
+)
+def test_an_adapter_is_the_one_that_the_trainer_gets(tmp_path, text):
+    adapter, said = adapted(tmp_path, text)
+    assert adapter == {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["q_proj"]}
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LORA + TRAINS.format("'m'"),
+        LORA + "SFTTrainer('m', args, train_dataset=data, peft_config=None)",
+        LORA + LOADS + "other = get_peft_model(made(), own)\n" + TRAINS.format("model"),
+    ],
+)
+def test_an_adapter_that_the_trainer_does_not_get_is_none(tmp_path, text):
+    assert adapted(tmp_path, text) == (None, "")
+    notes = dict(converted(tmp_path, text.replace("args,", "")).notes)
+    assert notes["LoraConfig (line 1)"] == "left out, as the trainer does not get it: nothing to set"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("SFTTrainer('m', args, train_dataset=data, peft_config=IA3Config())", "IA3Config() (line 3)"),
+        (
+            f"{LOADS}model = get_peft_model(model, AdaLoraConfig())\n" + TRAINS.format("model"),
+            "AdaLoraConfig() (line 4)",
+        ),
+        (f"{LOADS}model = PeftModel.from_pretrained(model, 'a/b')\n" + TRAINS.format("model"), "'a/b') (line 4)"),
+        ("model = AutoPeftModelForCausalLM.from_pretrained('m')\n" + TRAINS.format("model"), "('m') (line 3)"),
+        ("from own import lora\nSFTTrainer('m', args, train_dataset=data, peft_config=lora)", "lora (line 4)"),
+        (
+            f"if big:\n    {LORA}else:\n    own = None\nSFTTrainer('m', args, train_dataset=data, peft_config=own)",
+            "own (line 7)",
+        ),
+        (
+            f"if big:\n    {LORA}else:\n    own = LoraConfig(use_dora=True)\n"
+            "SFTTrainer('m', args, train_dataset=data, peft_config=own)",
+            "own (line 7)",
+        ),
+        (
+            LORA + LOADS + "if big:\n    model = get_peft_model(model, own)\n" + TRAINS.format("model"),
+            "get_peft_model(model, own) (line 6)",
+        ),
+        (
+            LORA + LOADS + "if big:\n    model.add_adapter(own)\n" + TRAINS.format("model"),
+            "model.add_adapter(own) (line 6)",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_told_is_not_offered(tmp_path, text, named):
+    adapter, said = adapted(tmp_path, text)
+    assert adapter is None and named in said and "set the section `adapter` by hand" in said
+
+
+@pytest.mark.parametrize(("given", "rank"), [("r=asked()", None), ("**asked()", None), ("r=4, **asked()", 4), ("", 8)])
+def test_what_of_an_adapter_cannot_be_read_has_no_default(tmp_path, given, rank):
+    found = converted(
+        tmp_path, f"SFTTrainer('m', peft_config=LoraConfig({given}), train_dataset=load_dataset('a/b'))\n"
+    )
+    assert found.tree["adapter"].get("rank") == rank
+    assert found.tree["adapter"].get("dropout") == (None if "**" in given else 0.0)
+    assert bool(unready(found).keys() & {"r", "**asked() (line 1)"}) == ("asked" in given)
+
+
+@pytest.mark.parametrize(
+    ("args", "rate"),
+    [
+        ("first", 1e-4),
+        ("made(1e-3)", None),
+        ("SFTConfig('o')", 2e-5),
+        ("None", 2e-5),
+        ("replace(first, learning_rate=3e-4)", 3e-4),
+        ("replace(first, weight_decay=0.1)", 1e-4),
+    ],
+)
+def test_arguments_are_those_that_the_trainer_gets(tmp_path, args, rate):
+    text = "first = SFTConfig('o', learning_rate=1e-4)\nsecond = SFTConfig('o', max_steps=9, learning_rate=1.0)\n"
+    text += "def made(rate):\n    return SFTConfig('o', learning_rate=rate)\n"
+    found = converted(tmp_path, f"{text}SFTTrainer('m', args={args}, train_dataset=load_dataset('a/b'))\n")
+    assert found.tree["optimizer"].get("learning_rate") == rate and not found.unoffered
+    assert found.tree["train"]["duration"] == "3 epochs"  # of no other arguments
+    assert found.tree["optimizer"]["weight_decay"] == (0.1 if "0.1" in args else 0.0)
+
+
+ASKED = "first = SFTConfig('o', per_device_train_batch_size=2)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("SFTTrainer('m', args=own, {})", "args"),
+        (ASKED + "SFTTrainer('m', args=changed(first), {})", "args"),
+        (ASKED + "SFTTrainer('m', {}, **rest)", "**rest (line 2)"),
+        ("args = SFTConfig(per_device_train_batch_size=2, **rest)\nSFTTrainer('m', args, {})", "**rest (line 1)"),
+        (ASKED + ASKED.replace("2", "4") + "args = asked()\nSFTTrainer('m', args, {})", "args"),
+    ],
+)
+def test_where_arguments_cannot_be_read_no_default_is_written(tmp_path, text, said):
+    found = converted(tmp_path, text.format("train_dataset=load_dataset('a/b')") + "\n")
+    assert (said in dict(found.notes)) and (said in dict(found.unoffered)) == (said == "args")
+    assert found.tree.keys() - {"out", "checkpoint", "train"} == {"model", "data"}
+    assert found.tree["data"].keys() == {"train"}
+    assert found.tree.get("train", {}).keys() <= {"batch_size"}
+    assert not dict(found.notes).keys() & {"max_length", "num_train_epochs", "lr_scheduler_type", "adam_beta1"}
+
+
+def test_several_trainers_are_refused(tmp_path):
+    text = "SFTTrainer('m', train_dataset=load_dataset('a/b'))\n"
+    with pytest.raises(ConfigError, match=r"several trainers \(lines 1, 2\): write"):
+        converted(tmp_path, text * 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("AutoModelForSequenceClassification", "scores or classifies"),
+        ("BertForTokenClassification", "scores or classifies"),
+        ("AutoModelForMaskedLM", "a masked language model"),
+        ("AutoModelForSeq2SeqLM", "an encoder and a decoder"),
+        ("T5ForConditionalGeneration", "an encoder and a decoder"),
+        ("AutoModelForObjectDetection", "another model than a causal language model"),
+        ("AutoModelForCausalLM", ""),
+        ("AutoLigerKernelForCausalLM", ""),
+        ("AutoModelForImageTextToText", ""),
+        ("Qwen2VLForConditionalGeneration", ""),
+        ("AutoModel", ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model = {}.from_pretrained('m').to('cuda')\nTrainer(model=model, {})",
+        "def made(name):\n    return {}.from_pretrained(name)\nTrainer(model=made('m'), {})",
+        "def made():\n    return {}.from_pretrained('m')\nTrainer(model_init=made, {})",
+    ],
+)
+def test_models_that_are_no_causal_ones_are_refused(tmp_path, text, model, why):
+    text = text.format(model, "args=TrainingArguments('o'), train_dataset=load_dataset('a/b')")
+    if why:
+        with pytest.raises(ConfigError, match=f"{model}: it trains {'a model that ' if 'scores' in why else ''}{why}"):
+            converted(tmp_path, text)
+    else:
+        assert converted(tmp_path, text).tree["data"]["train"][0]["path"] == "a/b"
+
+
+def test_another_model_than_the_trainers_refuses_nothing(tmp_path):
+    text = "judge = AutoModelForSequenceClassification.from_pretrained('j')\n"
+    text += "model = AutoModelForCausalLM.from_pretrained('m')\nSFTTrainer({}, train_dataset=load_dataset('a/b'))"
+    assert converted(tmp_path, text.format("model")).tree["model"]["path"] == "m"
+    assert converted(tmp_path, text.format("'m'")).tree["model"]["path"] == "m"
+    assert converted(tmp_path, text.format("asked()")).missing == ["model.path", "out"]
+
+
+CHANGED = """args = SFTConfig("o", learning_rate=1e-4)
+{}
+trainer = SFTTrainer("m", args, train_dataset=load_dataset("a/b"))
+{}
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("change", ["args.learning_rate = 1e-3", "setattr(args, 'learning_rate', 1e-3)"])
+def test_a_value_that_is_set_before_the_trainer_is_made_counts(tmp_path, change):
+    found = converted(tmp_path, CHANGED.format(change, ""))
+    assert found.tree["optimizer"]["learning_rate"] == 1e-3 and "learning_rate" not in dict(found.notes)
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "weight_decay"])  # that is written out, and that is a default
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("args.{} *= 2", ""),
+        ("args.{}, x = 1.0, 2", ""),
+        ("args.{} = other.x = 1.0", ""),
+        ("args.{} = asked()", ""),
+        ("if big:\n    args.{} = 1.0", ""),
+        ("if big:\n    setattr(args, '{}', 1.0)", ""),
+        ("", "trainer.args.{} = 1.0"),
+        ("", "args.{} = 1.0"),
+        ("", "setattr(trainer.args, '{}', 1.0)"),
+    ],
+)
+def test_a_value_that_is_changed_otherwise_is_named_and_not_taken(tmp_path, before, after, key):
+    found = converted(tmp_path, CHANGED.format(before.format(key), after.format(key)))
+    assert key not in found.tree["optimizer"]
+    assert "no value that is written out" in dict(found.notes)[key] and "(line " in dict(found.notes)[key]
+
+
+def test_a_value_of_which_the_name_is_not_known_leaves_no_default(tmp_path):
+    found = converted(tmp_path, CHANGED.format("for key in more:\n    setattr(args, key, more[key])", ""))
+    assert "**setattr(args, key, more[key]) (line 3)" in dict(found.notes)
+    assert found.tree["optimizer"] == {"learning_rate": 1e-4}
+
+
+OF_MODEL = (
+    LOADS
+    + """judge = AutoModelForCausalLM.from_pretrained("j")
+tokenizer = AutoTokenizer.from_pretrained("m")
+{}
+SFTTrainer(model, SFTConfig("o"), train_dataset=load_dataset("a/b"), processing_class=tokenizer)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("model.requires_grad_(False)", "requires_grad", 4),
+        ("model.model.embed_tokens.requires_grad_(False)", "requires_grad", 4),
+        ("for p in model.parameters():\n    p.requires_grad = False", "requires_grad", 5),
+        ("for p in model.parameters():\n    setattr(p, 'requires_grad', False)", "requires_grad", 5),
+        ("judge.requires_grad_(False)", None, 0),
+        ("def hook(module, input, output):\n    output.requires_grad_(True)", None, 0),
+        ("tokenizer.add_tokens(['<x>'])", "add_tokens", 4),
+        ("tokenizer.add_tokens(new_tokens=['<x>'])", "add_tokens", 4),
+        ("tokenizer.add_special_tokens({'additional_special_tokens': ['<x>']})", "add_special_tokens", 4),
+        ("tokenizer.add_special_tokens(more)", "add_special_tokens", 4),
+        ("add_new_tokens(model, tokenizer, new_tokens=['<x>'])", "add_new_tokens", 4),
+        ("tokenizer.add_special_tokens({'pad_token': '<pad>'})", None, 0),
+    ],
+)
+def test_weights_and_tokens_that_a_script_changes_are_not_offered(tmp_path, text, key, line):
+    found = converted(tmp_path, OF_MODEL.format(text))
+    assert [name for name, _ in found.unoffered] == ([key] if key else [])
+    for _, why in found.unoffered:
+        assert f"line {line}" in why and ("model.train_only" if key == "requires_grad" else "model's folder") in why
+
+
+def test_places_of_frozen_weights_are_named_once(tmp_path):
+    text = "model.requires_grad_(False)\nfor p in model.lm_head.parameters():\n    p.requires_grad = True"
+    assert [why[:18] for _, why in converted(tmp_path, OF_MODEL.format(text)).unoffered] == ["set in line 4, 6: "]
+
+
+def test_a_trainer_in_a_loop_is_said(tmp_path):
+    text = "SFTTrainer('m', train_dataset=load_dataset('a/b'))\n"
+    assert "one of its runs" in dict(converted(tmp_path, f"for seed in (1, 2):\n    {text}").notes)["SFTTrainer"]
+    assert "SFTTrainer" not in dict(converted(tmp_path, f"for seed in (1, 2):\n    pass\n{text}").notes)

@@ -89,6 +89,7 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     if optimizer.get("max_grad_norm") == 0:
         optimizer["max_grad_norm"] = _NO_CLIPPING
         given.note("max_grad_norm", "gradients are not clipped there; here at a norm that none reaches")
+    given.drop_absent()
     _note_rest(given, file.unread)
     tree = given.tree = {key: given.tree[key] for key in Run.model_fields if key in given.tree}
     needed = {

@@ -1,7 +1,7 @@
 """Files of other trainers that do something else than supervised fine-tuning: what, and the sign of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from preceptor.config.peer_defaults import OFF, Peer
@@ -56,6 +56,27 @@ def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
                 raise refusal(where, f"`{key}: {short(value)}`", what)
     if peer == "torchtune" and "optimizer" not in settings:
         raise refusal(where, "no `optimizer`", _NOTHING)
+
+
+_TWO_PARTS = "Seq2Seq|(T5|Bart|BART|Pegasus|Whisper)[A-Za-z]*For"
+_OTHERS = re.compile(
+    _TWO_PARTS + "|For(?!CausalLM|ImageTextToText|Vision2Seq|MultimodalLM|ConditionalGeneration|PreTraining)[A-Z]"
+)
+_MODELS = {
+    "Classification|QuestionAnswering|MultipleChoice": _SCORES,
+    "MaskedLM": "trains a masked language model",
+    _TWO_PARTS: "trains an encoder and a decoder",
+    "": "trains another model than a causal language model",
+}
+"""A pattern of the class of a model that is no causal one -> what a script does that trains it."""
+
+
+def refuse_models(classes: Collection[str], where: str) -> None:
+    """classes: of which one is the model that is trained. Raises ConfigError where none is a causal language model."""
+    others = [name for name in classes if _OTHERS.search(name)]
+    if others and len(others) == len(classes):
+        what = next(what for pattern, what in _MODELS.items() if re.search(pattern, others[0]))
+        raise refusal(where, others[0], what)
 
 
 def is_another_task(name: str) -> bool:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.config.peer_defaults import ARGUMENTS
-from preceptor.config.peer_kinds import refusal
+from preceptor.config.peer_kinds import refusal, refuse_models
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import PeerFile
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
 from preceptor.config.python_source import SECRET, UNREADABLE, Script, parsed_script, shown, without_secrets
+from preceptor.config.script_data import RENDERS, data_set
+from preceptor.config.script_model import OF_UNSLOTH, adapters_of, classes_of_model, loads, type_of_moves, unwrapped
 from preceptor.errors import ConfigError
 
 _ARGUMENTS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments")
@@ -25,20 +27,19 @@ _TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
 _DERIVED = (*_ARGUMENTS, "SFTTrainer", "UnslothTrainer")  # those of which a script's own class is still of SFT
 _COMMAND_LINES = ("TrlParser", "HfArgumentParser", "ArgumentParser")
 _TOKENIZER = re.compile("Tokenizer|Processor")
-_UNSLOTH = re.compile(r"Fast\w*Model")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
-_AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
-_MOVES: Mapping[str, str | None] = {
-    **dict.fromkeys(("to", "cuda", "cpu", "train", "eval")),
-    "bfloat16": "bfloat16",
-    "half": "float16",
-    "float": "float32",
-    "double": "float64",
-}
-"""Methods of a model that return it: its type then, where the name tells it."""
-_AROUND_DATA = ("standardize_sharegpt", "standardize_data_formats")  # the format is recognised here
-_CHANGES = "map filter select shuffle rename_column rename_columns remove_columns train_test_split".split()  # noqa: SIM905
-_RENDERS = "the chat template renders the conversations, which is done here as well: nothing to set"
+_OF_LORA: Mapping[str, Any] = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own defaults
+_OTHER_ADAPTER = (
+    "not a LoraConfig of which it is certain that the trainer gets it: set the section `adapter` by hand; without it "
+    "all weights are trained here, which needs another learning rate"
+)
+_OTHER_ARGUMENTS = "no SFTConfig of which it is certain that the trainer gets it: set by hand what it says"
+_FROZEN = "which weights are trained is not carried over: name them in model.freeze or model.train_only"
+_TOKENS = (
+    "only tokens that the chat template needs are added here, and the text of others is read as ordinary tokens: add "
+    "them to the model's folder"
+)
+_OPEN = "not written out; what it may hold has no value here, and none by default: write it out"
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
     "get_peft_model": ("model", "r", "target_modules", "lora_alpha", "lora_dropout", "bias"),
@@ -62,16 +63,35 @@ def read_script(path: Path, text: str) -> PeerFile:
             f"{path}: takes its settings from a command line: convert that command (in a file such as train.sh), or "
             "the YAML that it is given"
         )
-    found.defaults = ARGUMENTS if {*configs} == {"TrainingArguments"} else {}
     _name_classes(script, trainers, found)
-    if len(configs) > 1:
-        found.unread.append(f"{configs[-1]}: {len(configs)} calls; of each key the last value was taken")
-    for call in script.calls("LoraConfig"):
-        if call.args:
-            found.unread.append(f"LoraConfig: arguments without a name (line {call.lineno}): write their names")
+    every = list(script.calls(*_TRAINERS))
+    if len(every) > 1:
+        lines = ", ".join(str(call.lineno) for call in every)
+        raise ConfigError(
+            f"{path}: makes several trainers (lines {lines}): write what leads to one of them into a file of its own, "
+            "and convert that"
+        )
+    trainer = every[0] if every else None
+    if trainer and script.is_repeated(trainer):
+        found.unread.append(
+            f"{script.name_of(trainer)}: in a loop (line {trainer.lineno}): one of its runs is read here"
+        )
+    given = {} if trainer is None else _given(script, trainer, found)
+    refuse_models(classes_of_model(script, given), str(path))
+    own = _read_configs(script, trainer, given, found)
     for call in script.calls(*_CONFIGS, *_UNSLOTH_CALLS, *_TRAINERS):
-        _call(script, call, found)
-    for keyword in script.set_later(*_CONFIGS):
+        if call is trainer:
+            _trainer(script, call, given, found)
+        elif call in own or script.name_of(call) not in (*_ARGUMENTS, "LoraConfig"):
+            _call(script, call, found)
+        elif not found.unoffered:
+            what = f"{script.name_of(call)} (line {call.lineno})"
+            found.unread.append(f"{what}: left out, as the trainer does not get it: nothing to set")
+    _name_changes(script, given, found)
+    later = [*script.set_later([*own, *script.calls("ModelConfig", "ScriptArguments")], trainer)]
+    later += [keyword for call in own if script.name_of(call) == "replace" for keyword in call.keywords]
+    for keyword in sorted(later, key=lambda keyword: (keyword.value.lineno, keyword.value.col_offset)):
+        found.settings.pop(keyword.arg or "", None)
         _keyword(script, keyword, found)
     if not found.settings or not (configs or trainers):
         raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
@@ -91,13 +111,31 @@ def _name_classes(script: Script, trainers: set[str], found: PeerFile) -> None:
             found.unread.append(f"{owner}: {OF_IMAGES}")
 
 
+def _name_changes(script: Script, given: Mapping[str, ast.expr], found: PeerFile) -> None:
+    """What the script changes of its model and tokenizer, without which something else is trained."""
+    model = unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
+    lines = set()
+    for owner, place in script.places_of("requires_grad"):
+        made = unwrapped(script, owner)[-1]
+        is_other = made is not model and model is not None and loads(script, model) and loads(script, made)
+        if not is_other and shown(owner) not in ("output", "outputs"):  # those of a hook for recomputation
+            lines.add(place.lineno)
+    if lines:
+        found.unoffered.append(f"requires_grad: set in line {', '.join(map(str, sorted(lines)))}: {_FROZEN}")
+    for call in script.calls("add_special_tokens", "add_tokens", "add_new_tokens"):
+        try:
+            keys = {*script.constant(call.args[0])} if call.args else set()
+        except UNREADABLE:
+            keys = set()
+        if keys != {"pad_token"}:  # padding is not trained
+            found.unoffered.append(f"{script.name_of(call)}: {shown(call)} (line {call.lineno}): {_TOKENS}")
+
+
 def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
     name = script.name_of(call)
-    if name in _TRAINERS:
-        _trainer(script, call, found)
+    if name == "LoraConfig":
+        _lora(script, call, found)
     elif name in _CONFIGS:
-        if name == "LoraConfig":
-            found.settings |= {"use_peft": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own defaults
         for keyword in _named(name, call):
             if keyword.arg != "task_type":
                 _keyword(script, keyword, found)
@@ -108,9 +146,24 @@ def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
     elif name == "train_on_responses_only":
         _part(script, name, call.keywords, found)
     elif (
-        _UNSLOTH.fullmatch(script.owner_of(call)) and name not in found.settings
+        OF_UNSLOTH.fullmatch(script.owner_of(call)) and name not in found.settings
     ):  # a later call loads what was trained
         _part(script, name, [each for each in _named(name, call) if each.arg != "model"], found)
+
+
+def _lora(script: Script, call: ast.Call, found: PeerFile) -> None:
+    """An adapter, with peft's own values for what is absent."""
+    part = PeerFile(found.peer, {})
+    if call.args:
+        part.unread.append(f"LoraConfig: arguments without a name (line {call.lineno}): write their names")
+    for keyword in call.keywords:
+        if keyword.arg != "task_type":
+            _keyword(script, keyword, part)
+    unread = {sentence.partition(":")[0] for sentence in part.unread}
+    own = {} if part.is_open else {key: value for key, value in _OF_LORA.items() if key not in unread}
+    found.settings |= {"use_peft": True, **own, **part.settings}
+    found.unread += part.unread
+    found.is_open |= part.is_open
 
 
 def _named(name: str, call: ast.Call) -> list[ast.keyword]:
@@ -125,6 +178,7 @@ def _part(script: Script, name: str, arguments: Sequence[ast.keyword], found: Pe
     for keyword in arguments:
         _keyword(script, keyword, part)
     found.settings[name] = part.settings
+    found.is_open |= part.is_open
 
 
 def _keyword(script: Script, keyword: ast.keyword, found: PeerFile) -> None:
@@ -139,25 +193,81 @@ def _keyword(script: Script, keyword: ast.keyword, found: PeerFile) -> None:
     except UNREADABLE:
         text = f"{shown(keyword.value)} (line {keyword.value.lineno})"
         several = keyword.arg is None
-        found.unread.append(
-            f"**{text}: not written out" if several else f"{keyword.arg}: {text}: no value that is written out"
-        )
+        found.unread.append(f"**{text}: {_OPEN}" if several else f"{keyword.arg}: {text}: no value that is written out")
+        found.is_open |= several
+
+
+# What the trainer gets -----------------------------------------------------------------------------------------------
+
+
+def _read_configs(
+    script: Script, trainer: ast.Call | None, given: Mapping[str, ast.expr], found: PeerFile
+) -> list[ast.Call]:
+    """The calls that make the arguments and the adapter of the training; a note on those that cannot be told."""
+    every = list(script.calls(*_ARGUMENTS))
+    wanted: list[ast.expr] = [*script.calls("LoraConfig")] if trainer is None else adapters_of(script, trainer, given)
+    if trainer is not None:
+        own = _arguments_of(script, given.get("args"), every, found)
+    else:
+        own = every
+        if len(every) > 1:
+            name = script.name_of(every[-1])
+            found.unread.append(f"{name}: {len(every)} calls; of each key the last value was taken")
+    names = {script.name_of(call) for call in own} & {*_ARGUMENTS} or {script.name_of(trainer) if trainer else ""}
+    found.defaults = ARGUMENTS if names <= {"TrainingArguments", "Trainer"} else {}
+    made = list(dict.fromkeys(map(script.made, wanted)))
+    made = [each for each in made if not (isinstance(each, ast.Constant) and each.value is None)]
+    kinds = {script.name_of(each) if isinstance(each, ast.Call) else "" for each in made}
+    if kinds == {"LoraConfig"} and len(made) == 1:
+        return [*own, *(each for each in made if isinstance(each, ast.Call))]
+    if made and kinds != {"get_peft_config"}:  # that reads a ModelConfig
+        text = ", ".join(f"{shown(each)} (line {each.lineno})" for each in made)
+        found.unoffered.append(f"peft_config: {text}: {_OTHER_ADAPTER}")
+    return own
+
+
+def _arguments_of(script: Script, value: ast.expr | None, every: Sequence[ast.Call], found: PeerFile) -> list[ast.Call]:
+    """The call that makes the trainer's arguments, and those of `dataclasses.replace` around it."""
+    around: list[ast.Call] = []
+    if value is not None:
+        made = script.made(value)
+        while isinstance(made, ast.Call) and script.name_of(made) == "replace" and made.args:
+            around.append(made)
+            made = script.made(made.args[0])
+        if isinstance(made, ast.Call) and made in every:
+            return [made, *around]
+        if isinstance(made, ast.Constant) and made.value is None:
+            value = None
+    if value is None and not found.is_open:
+        return []
+    taken = every if len(every) == 1 else []
+    if value is not None:
+        which = f" (that of line {every[0].lineno} was taken)" if taken else ""
+        found.unoffered.append(f"args: {shown(value)} (line {value.lineno}): {_OTHER_ARGUMENTS}{which}")
+        found.is_open = True
+    return [*taken, *around]
 
 
 # The trainer ---------------------------------------------------------------------------------------------------------
 
 
-def _trainer(script: Script, call: ast.Call, found: PeerFile) -> None:
-    """The model and the data sets of an SFTTrainer, or why they cannot be read."""
+def _given(script: Script, call: ast.Call, found: PeerFile) -> dict[str, ast.expr]:
+    """What a trainer is given, by name."""
     given: dict[str, ast.expr] = {}
-    split_off: ast.Call | None = None
     for keyword in _named(script.name_of(call), call):
         if keyword.arg is not None:
             given[keyword.arg] = keyword.value
         elif (inner := _arguments(script.resolved(keyword.value))) is not None:
             given |= inner
         else:
-            found.unread.append(f"**{shown(keyword.value)} (line {keyword.value.lineno}): not written out")
+            found.unread.append(f"**{shown(keyword.value)} (line {keyword.value.lineno}): {_OPEN}")
+            found.is_open = True
+    return given
+
+
+def _trainer(script: Script, call: ast.Call, given: Mapping[str, ast.expr], found: PeerFile) -> None:
+    """The model and the data sets of an SFTTrainer, or why they cannot be read."""
+    split_off: ast.Call | None = None
     for name, value in given.items():
         value = script.resolved(value)
         is_off = isinstance(value, ast.Constant) and not value.value
@@ -166,7 +276,7 @@ def _trainer(script: Script, call: ast.Call, found: PeerFile) -> None:
         if name == "model":
             _model(script, value, call, found)
         elif name in ("train_dataset", "eval_dataset"):
-            split_off = _dataset(script, name, value, split_off, found)
+            split_off = data_set(script, name, value, split_off, found)
         elif name in {*COUNTERPARTS, *NO_COUNTERPART, "quantization_config"}:  # earlier versions had settings here
             _keyword(script, ast.keyword(name, value), found)
         else:
@@ -190,18 +300,18 @@ def _argument(script: Script, name: str, value: ast.expr, found: PeerFile) -> No
     if re.search("Vision|Speech|Audio", shown(value)) and name == "data_collator":
         why = OF_IMAGES
     if name == "formatting_func":
-        why = _RENDERS if script.renders(value) else "write the texts that it makes to a file, and name that"
+        why = RENDERS if script.renders(value) else "write the texts that it makes to a file, and name that"
     found.unread.append(f"{name}: {shown(value)} (line {value.lineno}): {why}")
 
 
 def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) -> None:
-    *around, value = _unwrapped(script, value)
+    *around, value = unwrapped(script, value)
     if any(script.name_of(call) == "setup_chat_format" for call in around if isinstance(call, ast.Call)):
         found.settings.setdefault("chat_template", "chatml")
     if isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained":
-        if _UNSLOTH.fullmatch(script.owner_of(value)):
+        if OF_UNSLOTH.fullmatch(script.owner_of(value)):
             return
-        value = _loaded_model(script, value, found, _type_of_moves(script, value, trainer)) or value
+        value = _loaded_model(script, value, found, type_of_moves(script, value, trainer)) or value
     elif "from_pretrained" in found.settings:
         return
     elif not isinstance(value, ast.Constant):  # how it is loaded, though not which
@@ -212,43 +322,6 @@ def _model(script: Script, value: ast.expr, trainer: ast.Call, found: PeerFile) 
         found.settings["model_name_or_path"] = script.constant(value)
     except UNREADABLE:
         found.unread.append(f"model: {shown(value)} (line {value.lineno}): not a path that is written out")
-
-
-def _unwrapped(script: Script, value: ast.expr) -> list[ast.expr]:
-    """The calls around a model, from without, and what is within: `get_peft_model(model.to("cuda"), ...)`."""
-    found = [script.resolved(value)]
-    while isinstance(call := found[-1], ast.Call) and script.name_of(call) in (*_AROUND_MODELS, *_MOVES):
-        inner = [each.value for each in call.keywords if each.arg == "model"] or call.args
-        if script.name_of(call) in _MOVES:
-            inner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
-        if not inner:
-            break
-        found.append(script.resolved(inner[0]))
-    return found
-
-
-def _type_of_moves(script: Script, loaded: ast.Call, trainer: ast.Call) -> ast.expr | None:
-    """The last type that a model gets before its trainer, by `.to(torch.bfloat16)` or `.half()`."""
-    moves = [call for call in script.calls(*_MOVES) if call.lineno < trainer.lineno]
-    found = None
-    for call in sorted(moves, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0)):
-        if _unwrapped(script, call)[-1] is loaded:
-            found = _type_of_move(script, call) or found
-    return found
-
-
-def _type_of_move(script: Script, call: ast.Call) -> ast.expr | None:
-    named = [each.value for each in call.keywords if each.arg == "dtype"]
-    for given in (*named, *call.args):
-        try:
-            value = script.constant(given)
-        except UNREADABLE:
-            continue
-        name = _MOVES.get(value) or value if isinstance(value, str) else ""
-        if name in _MOVES.values():
-            return ast.copy_location(ast.Constant(name), call)
-    own = _MOVES[script.name_of(call)]
-    return ast.copy_location(ast.Constant(own), call) if own else named[0] if named else None
 
 
 def _loaded_model(script: Script, call: ast.Call, found: PeerFile, moved: ast.expr | None = None) -> ast.expr | None:
@@ -306,80 +379,3 @@ def _template(script: Script, given: ast.expr | None, loads: Sequence[ast.Call],
         lines = ", ".join(str(value.lineno) for _, value in every)
         why = "one of several" if own else "of no tokenizer that is known to be the trainer's"
         found.unread.append(f"chat_template: set in line {lines}, {why}: set data.chat_template")
-
-
-# The data ------------------------------------------------------------------------------------------------------------
-
-
-def _dataset(
-    script: Script, name: str, value: ast.expr, split_off: ast.Call | None, found: PeerFile
-) -> ast.Call | None:
-    """`load_dataset(...)`, also where methods are called on it or a split is taken: those are named.
-
-    split_off, and the result: the call by which a share of the training data is held out.
-    """
-    split, place, is_held_out = None, value.lineno, name == "eval_dataset"
-    try:
-        while True:
-            value = script.resolved(value)
-            if isinstance(value, ast.Subscript):
-                split, value = script.constant(value.slice), value.value
-            elif isinstance(value, ast.Call) and script.name_of(value) in _AROUND_DATA and value.args:
-                value = value.args[0]
-            elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _CHANGES:
-                splits = value.func.attr == "train_test_split"
-                if splits and is_held_out and value is split_off and split == "test":
-                    return split_off  # what is held out of the training data
-                share = _share(script, value) if splits and split == "train" and not is_held_out else None
-                if share is not None:
-                    found.settings["val_size"], split_off = share, value
-                else:
-                    of = f"{name}: .{value.func.attr}(...) (line {value.lineno})"
-                    found.unread.append(f"{of}: {_changed(script, value)}")
-                if splits and is_held_out:
-                    return split_off  # a part of data that is read whole
-                split, value = None if splits else split, value.func.value
-            else:
-                break
-        if isinstance(value, ast.Call) and script.name_of(value) == "load_dataset":
-            arguments = [script.constant(each) for each in value.args]
-            keywords = [each for each in value.keywords if each.arg and not SECRET.search(each.arg)]
-            named = {str(each.arg): script.constant(each.value) for each in keywords}
-            found.settings[name] = _loaded(arguments, {**named, **({"split": split} if split else {})})
-            return split_off
-    except UNREADABLE:
-        pass
-    found.unread.append(f"{name}: {shown(value)} (line {place}): not a data set that can be named here")
-    return split_off
-
-
-def _share(script: Script, call: ast.Call) -> float | None:
-    """Of `train_test_split`, where it holds a share of the data out and no number of examples."""
-    given = [each.value for each in call.keywords if each.arg == "test_size"] or call.args[:1]
-    try:
-        size = script.constant(given[0]) if given else None
-    except UNREADABLE:
-        return None
-    return size if isinstance(size, float) and 0 < size < 1 else None
-
-
-def _changed(script: Script, call: ast.Call) -> str:
-    """What to do about a method that is called on a data set."""
-    method = getattr(call.func, "attr", "")
-    if method == "shuffle":
-        return "the order is drawn again for each epoch: nothing to set"
-    if method == "train_test_split":
-        return "data.eval_size holds a share of the examples out, such as 0.05: set it, or name files in data.eval"
-    if method == "map" and call.args and script.renders(call.args[0]):
-        return _RENDERS
-    return "the data is read here as it is; write what that call makes of it to a file, and name that"
-
-
-def _loaded(arguments: list[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_dataset` as a source."""
-    values = dict(zip(("path", "name", "data_dir", "data_files", "split"), arguments, strict=False)) | dict(named)
-    found = {key: value for key, value in values.items() if value is not None}
-    files = found.get("data_files")
-    if isinstance(files, Mapping) and found.get("split", "train") in files:
-        files = files[found.get("split", "train")]
-    return found if files is None else {**found, "data_files": files}

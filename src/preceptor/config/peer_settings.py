@@ -27,6 +27,7 @@ _NULLS: Mapping[Peer, Mapping[str, Any]] = {
     "Axolotl": {"bf16": False},
 }
 """Keys of which null says that something is off, which an absent key does not."""
+_OF_SCHEDULE = {"lr_scheduler": "lr_scheduler_type", "min_lr_ratio": "lr_scheduler_type", "warmup": "warmup_steps"}
 _OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # defaults of BitsAndBytesConfig
 
 
@@ -41,13 +42,16 @@ def _finite(value: Any) -> float:
 class PeerFile:
     """settings: their keys and values. unread: what the file says in a way that cannot be read, as sentences.
 
-    defaults: values that come before the trainer's own where the file has no key.
+    unoffered: those without which something else is trained. defaults: values that come before the trainer's own where
+    the file has no key. is_open: there may be further keys, so that no absent one has a default.
     """
 
     peer: Peer
     settings: dict[str, Any]
     unread: list[str] = field(default_factory=list)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    unoffered: list[str] = field(default_factory=list)
+    is_open: bool = False
 
 
 class Conversion:
@@ -71,13 +75,17 @@ class Conversion:
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
         unread = (sentence.partition(":")[0] for sentence in file.unread)
         names |= {NAMES.get(key, key) for key in unread}  # given, though not as a value
-        defaults = {**DEFAULTS[file.peer], **file.defaults}
+        self._unknown = DEFAULTS[file.peer].keys() - names if file.is_open else frozenset[str]()
+        defaults = {} if file.is_open else {**DEFAULTS[file.peer], **file.defaults}
         self.defaults = {key: value for key, value in defaults.items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()
         self.tree: dict[str, Any] = {}
         self.missing: list[str] = []
         self.notes: list[tuple[str, str]] = []
         self.unoffered: list[tuple[str, str]] = []
+        for sentence in file.unoffered:
+            key, _, why = sentence.partition(": ")
+            self.not_offered(key, why)
 
     def value(self, *names: str) -> Any:
         """The first of these keys that is given, else a default of the trainer; None where there is neither."""
@@ -112,9 +120,9 @@ class Conversion:
                 self.set(ours, self.cast(key, value, cast))
 
     def cast(self, key: str, value: Any, cast: Callable[[Any], T]) -> T | None:
-        """None, with a note, for a value that the cast does not take."""
+        """None for no value, and, with a note, for one that the cast does not take."""
         try:
-            return cast(value)
+            return None if value is None else cast(value)
         except (TypeError, ValueError, OverflowError):
             self.not_offered(key, f"{short(value)} is not a value that can be carried over")
             return None
@@ -124,12 +132,23 @@ class Conversion:
         return self.cast(name, value, _finite)
 
     def note(self, key: str, why: str) -> None:
-        self.notes.append((key, why))
+        """Nothing is said of a key that the file may hold where it cannot be read."""
+        if key not in self._unknown:
+            self.notes.append((key, why))
 
     def not_offered(self, key: str, why: str, instead: str = "") -> None:
         """A note on a value without which something else is trained. instead: what then is."""
         self.note(key, why + instead)
-        self.unoffered.append((key, why))
+        if key not in self._unknown:
+            self.unoffered.append((key, why))
+
+    def drop_absent(self) -> None:
+        """Take out of `optimizer` what stands for a key that the file may hold where it cannot be read."""
+        for ours, theirs in _OF_SCHEDULE.items():
+            if theirs in self._unknown:
+                self.tree.get("optimizer", {}).pop(ours, None)
+        if not self.tree.get("optimizer"):
+            self.tree.pop("optimizer", None)
 
     def changes(self, key: str, why: str) -> bool:
         """Whether a note is on one of `unoffered`."""

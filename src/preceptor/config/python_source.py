@@ -52,8 +52,11 @@ class Script:
         self.derived = {own.name: base for own in classes for node in own.bases if (base := _last_name(node)) in bases}
         self._assigned: dict[str, list[_Assigned]] = {}
         self._functions: dict[str, ast.FunctionDef] = {}
+        self._shared: set[str] = set()  # names that a function gives a value elsewhere
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
-        self._attributes: list[tuple[ast.Name, ast.keyword]] = []  # that are set: `args.learning_rate = 1e-5`
+        self._blocks: list[tuple[Place, Place]] = []  # of statements
+        self._set: list[tuple[ast.expr, str | None, ast.expr]] = []  # owner, attribute, and where it is set
+        self._values: dict[ast.expr, ast.expr] = {}  # of what is set so: `args.learning_rate = 1e-5`
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not _is_cell(node):
                 self._scopes.append(
@@ -61,10 +64,20 @@ class Script:
                 )
             if isinstance(node, ast.FunctionDef):
                 self._functions[node.name] = node
-            for target in _other_targets(node):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                self._set.append((node.value, node.attr, node))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and len(node.args) == 3:
+                key = getattr(node.args[1], "value", None)  # of a text
+                self._set.append((node.args[0], key if isinstance(key, str) else None, node))
+                self._values[node] = node.args[2]
+            for target in (each for each in _other_targets(node) if not isinstance(each, ast.Attribute)):
                 for name in (each for each in ast.walk(target) if isinstance(each, ast.Name)):
-                    self._add(name.id, None, node, -1)
+                    self._add(name.id, None, name, -1)  # from there on, also within the loop of that name
+            if isinstance(node, ast.Global | ast.Nonlocal):
+                self._shared |= {*node.names}
             for _, statements in ast.iter_fields(node):
+                if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
+                    self._blocks.append((_extent(statements[0])[0], _extent(statements[-1])[1]))
                 for statement in statements if isinstance(statements, list) else ():
                     self._assign(statement, id(statements))
 
@@ -78,8 +91,7 @@ class Script:
             target, value = statement.target, statement.value
         else:
             return
-        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-            self._attributes.append((target.value, ast.keyword(target.attr, value)))
+        self._values[target] = value
         several = isinstance(target, ast.Tuple)
         for place, name in enumerate(target.elts if isinstance(target, ast.Tuple) else [target]):
             if not isinstance(name, ast.Name):
@@ -91,12 +103,34 @@ class Script:
                 own = None  # the model is the first of what is unpacked
             self._add(name.id, own, statement, block)
 
-    def set_later(self, *names: str) -> Iterator[ast.keyword]:
-        """What is set of an object that such a call made: `args.learning_rate = 1e-5`."""
-        for name, keyword in self._attributes:
-            made = self.resolved(name)
-            if isinstance(made, ast.Call) and self.name_of(made) in names:
-                yield keyword
+    def set_later(self, made: Sequence[ast.expr], trainer: ast.Call | None) -> Iterator[ast.keyword]:
+        """What is set of an object that one of these calls made: `args.learning_rate = 1e-5`.
+
+        Where it changes a value, stands under a condition, or comes after the trainer is made, no value can be told:
+        then its place is in the place of a value.
+        """
+        for owner, name, node in self._set:
+            of_trainer = shown(owner).endswith(".args") and shown(owner) != "self.args"
+            call = self.made(owner)
+            if not of_trainer and call not in made:
+                continue
+            is_later = trainer is not None and self.is_certain(node, trainer) and _extent(node) > _extent(trainer)
+            is_certain = (
+                self.is_certain(node, call, *([trainer] if trainer else [])) and not of_trainer and not is_later
+            )
+            yield ast.keyword(name, self._values.get(node, node) if is_certain and name else node)
+
+    def is_repeated(self, node: ast.AST) -> bool:
+        """Whether it stands in a loop."""
+        loops = (each for each in ast.walk(self._module) if isinstance(each, ast.For | ast.While))
+        return any(node in ast.walk(statement) for loop in loops for statement in loop.body)
+
+    def places_of(self, attribute: str) -> Iterator[tuple[ast.expr, ast.expr]]:
+        """An object, and where this attribute of it is set, or its method `attribute_` called."""
+        yield from ((owner, node) for owner, name, node in self._set if name == attribute)
+        for call in self.calls(f"{attribute}_"):
+            if isinstance(call.func, ast.Attribute):
+                yield call.func.value, call
 
     def set_anywhere(self, name: str) -> Iterator[tuple[ast.expr, ast.expr]]:
         """An object, and what is set as this attribute of it; not None."""
@@ -135,11 +169,30 @@ class Script:
             node = found
         return node
 
+    def made(self, node: ast.expr) -> ast.expr:
+        """What makes it: as `resolved`, also through functions of the script that end in their only `return`."""
+        for _ in range(20):
+            node = self.resolved(node)
+            function = self._functions.get(getattr(node.func, "id", "")) if isinstance(node, ast.Call) else None
+            returns = [each for each in ast.walk(function) if isinstance(each, ast.Return)] if function else []
+            if function is None or returns != function.body[-1:] or (value := returns[0].value) is None:
+                break
+            node = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
+        return node
+
+    def is_certain(self, node: ast.AST, *others: ast.AST) -> bool:
+        """Whether the statements among which it stands hold one of the others too: no condition is between them."""
+        at, places = _extent(node)[0], [_extent(other)[0] for other in others]
+        start, end = max((block for block in self._blocks if block[0] <= at < block[1]), default=(at, at))
+        return any(start <= place < end for place in places)
+
     def _value_of(self, name: ast.Name) -> ast.expr | None:
         at = name.lineno, name.col_offset
         scopes = sorted((scope for scope in self._scopes if scope[0] <= at < scope[1]), reverse=True)  # inner first
-        every = self._assigned.get(name.id, [])
+        every = [] if name.id in self._shared else self._assigned.get(name.id, [])
+        here: tuple[Place, Place] | None = None  # of the name's own function
         for start, end, parameters in scopes:
+            here = here or (start, end)
             if name.id in parameters:
                 return None
             if own := [each for each in every if start <= each.start < end]:
@@ -150,6 +203,8 @@ class Script:
         before = [each for each in every if each.end <= at]
         if not before and len(every) == 1 and not every[0].start <= at <= every[0].end:
             before = every  # of a function that is called later
+        elif here and before and not here[0] <= before[0].start < here[1] and len(before) < len(every):
+            return None  # changed after the function is made: which value it finds depends on when it is called
         if len({each.block for each in before}) != 1:
             return None
         return before[-1].value

@@ -1,6 +1,7 @@
 """An Unsloth script as the flat settings that convert.py takes: FastLanguageModel's arguments by TRL's names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from preceptor.config.peer_settings import PeerFile
@@ -14,7 +15,7 @@ _LOADED_AS = {"load_in_4bit": True, "load_in_8bit": False}
 
 def flattened(file: PeerFile) -> PeerFile:
     """Its own defaults are written out: 4 bits, 2,048 tokens, checkpointing, all linear layers."""
-    found = PeerFile(file.peer, dict(file.settings), list(file.unread), file.defaults)
+    found = replace(file, settings=dict(file.settings), unread=list(file.unread))
     loaded: dict[str, Any] = dict(found.settings.pop("from_pretrained", {}))
     adapted: Mapping[str, Any] | None = found.settings.pop("get_peft_model", None)
     length = loaded.pop("max_seq_length", None) or 2048
