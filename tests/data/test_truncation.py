@@ -1,5 +1,6 @@
 """Records longer than a row: rejected, shortened or split, always proved, never half a target, always counted."""
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 
@@ -149,6 +150,18 @@ def test_within_one_exchange_the_oldest_steps_of_an_agent_go_first():
     assert [m.content for m in kept.messages[:1]] == ["the task"] and kept.messages[1].tool_calls
     assert kept.messages[-1].content == "done" and tree.num_tokens <= 250
     assert shortened.num_turns_left_out == 9 - sum(m.role == "assistant" for m in kept.messages) > 0
+
+
+def test_as_much_of_a_question_is_left_as_fits_whatever_its_words():
+    """Words of different lengths: what is guessed is the beginning of a word that was tried already."""
+    words, drawn, render = ("the", "of", "is", "message", "1234", "what"), random.Random(0), renderer()
+    for _ in range(30):
+        text = " ".join(drawn.choices(words, k=drawn.randint(150, 600)))
+        rows = [{"role": "user", "content": text}, {"role": "assistant", "content": "answer"}]
+        ((kept, tree),), *_ = fit(conversation(rows), 128, "truncate_context", render)
+        longer = text[: -len(kept.messages[0].content)].rsplit(maxsplit=1)[-1] + " " + kept.messages[0].content
+        rows = [{"role": "user", "content": longer}, *rows[1:]]
+        assert tree.num_tokens <= 128 < render.render(conversation(rows)).num_tokens
 
 
 @pytest.mark.parametrize("overflow", ["truncate_context", "split"])

@@ -179,7 +179,8 @@ def test_data_of_which_nothing_fits_is_refused_as_training_does(run_file):
     assert "longer than data.max_length" in plan["data"]["open"]
 
 
-def test_too_many_that_are_too_long_are_refused_as_training_does(run_file, tmp_path):
+def test_too_many_that_are_too_long_are_named_where_training_refuses_them(run_file, tmp_path):
+    """Lengths are estimates, so a plan refuses nothing for them."""
     from preceptor.train.prepare import prepare
 
     size = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -191,15 +192,25 @@ def test_too_many_that_are_too_long_are_refused_as_training_does(run_file, tmp_p
     learned = {"model__path": str(tmp_path / "gpt2"), "data__max_length": 256}
     for own, holds in (({"data__max_length": 64}, "a sequence holds 64"), (learned, "learned positions for 64")):
         run = config.load(run_file(rows, **own))
-        for refuse in (prepare, plan_of):
-            with pytest.raises(DataError, match=f"(?s)10.0%; data.max_rejected allows 1.0%.*{holds}.*too_long"):
-                refuse(run)
+        with pytest.raises(DataError, match=f"(?s)10.0%; data.max_rejected allows 1.0%.*{holds}"):
+            prepare(run)
+        assert "too long (10.0%; data.max_rejected allows 1.0%, see" in to_text({**plan_of(run), "change": None})
         for keys in (["data.max_rejected=0.1"], ["data.allow_rejected=[too_long]"]):
             run = config.load(run_file(rows, **own), keys)
             plan = plan_of(run)
             assert plan["data"]["examples_per_epoch"] == prepare(run).examples_per_epoch == 9
             assert "about 1 of 10 examples too long (10.0%): " in (text := to_text({**plan, "change": None}))
             assert holds in text
+
+
+def test_long_conversations_of_which_all_is_trained_are_planned_as_they_are_truncated(run_file):
+    from preceptor.train.prepare import prepare
+
+    own = {"data__train_on": "all", "data__max_length": 128, "train__batch_size": 1}
+    run = config.load(run_file([talk(1 + 10 * (k % 2)) for k in range(10)], **own), ["data.overflow=truncate_context"])
+    data, prepared = plan_of(run)["data"], prepare(run)
+    assert data["examples_per_epoch"] == prepared.examples_per_epoch == 10 and not data["too_long"]
+    assert data["steps_per_epoch"] == prepared.loader().steps_per_epoch
 
 
 def talk(num_turns, text="of of of of "):

@@ -189,9 +189,12 @@ def _recipe(words: Sequence[str]) -> int:
 
 def _program(words: Sequence[str], launched: int) -> str:
     """The one of `_OF_FILES` that a command starts, by itself or as a module; "" for others."""
-    near = [] if launched < 0 else ["tune"] if _recipe(words) > 0 else words[max(launched - 1, 0) : launched + 1]
-    names = (Path(word).name.partition(".")[0].removesuffix("-cli") for word in near)
-    return next((name for name in names if name in _OF_FILES), "")
+    if _recipe(words) > 0:
+        return "tune"
+    before = Path(words[launched - 1]).name if launched > 0 else ""
+    word = words[launched] if before == "-m" else before if before in _CLIS else ""
+    name = word.partition(".")[0].removesuffix("-cli")
+    return name if name in _OF_FILES else ""
 
 
 def _name(words: Sequence[str]) -> str:
@@ -249,8 +252,9 @@ def _command(path: Path, text: str) -> PeerFile:
     rest, program = words[launched + 1 :], _program(words, launched)
     if program and "--" in rest:  # the launcher's flags follow
         rest, before = rest[: rest.index("--")], [*before, *rest[rest.index("--") + 1 :]]
-    if program in ("llamafactory", "tune"):
-        rest = [f"--{word}" if re.match(r"~|[\w.]+=", word) else word for word in rest]
+    has_file = program == "llamafactory" and rest and rest[0].endswith((".yaml", ".yml", ".json"))
+    if program == "tune" or has_file:  # no values of flags, which may be `~/models` or `a=b`
+        rest = [f"--{word}" if re.match(r"~[\w.]+$|[\w.]+=", word) else word for word in rest]
     named = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
     unread += [f"{word}: a variable of the shell" for word in named if re.match(r"\$|.*\$.*\.ya?ml$", word)]
     launcher, settings = _flags(before, []), _flags(rest, unread)

@@ -115,7 +115,10 @@ def _name_changes(script: Script, given: Mapping[str, ast.expr], found: PeerFile
     """What the script changes of its model and tokenizer, without which something else is trained."""
     model = unwrapped(script, script.made(given["model"]))[-1] if "model" in given else None
     lines = set()
+    has_adapter = bool(found.settings.keys() & {"use_peft", "get_peft_model"})
     for owner, place in script.places_of("requires_grad"):
+        if has_adapter and script.sets_false(place):  # peft freezes all but the adapter
+            continue
         made = unwrapped(script, owner)[-1]
         is_other = made is not model and model is not None and loads(script, model) and loads(script, made)
         if not is_other and shown(owner) not in ("output", "outputs"):  # those of a hook for recomputation

@@ -64,6 +64,11 @@ class Script:
                 )
             if isinstance(node, ast.FunctionDef):
                 self._functions[node.name] = node
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                inner = list(ast.walk(node))
+                told = {name for each in inner if isinstance(each, ast.Global | ast.Nonlocal) for name in each.names}
+                names = (each for each in inner if isinstance(each, ast.Name))
+                self._shared |= told & {each.id for each in names if not isinstance(each.ctx, ast.Load)}
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 self._set.append((node.value, node.attr, node))
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and len(node.args) == 3:
@@ -73,8 +78,6 @@ class Script:
             for target in (each for each in _other_targets(node) if not isinstance(each, ast.Attribute)):
                 for name in (each for each in ast.walk(target) if isinstance(each, ast.Name)):
                     self._add(name.id, None, name, -1)  # from there on, also within the loop of that name
-            if isinstance(node, ast.Global | ast.Nonlocal):
-                self._shared |= {*node.names}
             for _, statements in ast.iter_fields(node):
                 if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
                     self._blocks.append((_extent(statements[0])[0], _extent(statements[-1])[1]))
@@ -109,7 +112,15 @@ class Script:
         Where it changes a value, stands under a condition, or comes after the trainer is made, no value can be told:
         then its place is in the place of a value.
         """
+        trains = [call for call in self.calls("train") if isinstance(call.func, ast.Attribute)]
+        trains = [call for call in trains if trainer is not None and self.resolved(call.func.value) is trainer]
         for owner, name, node in self._set:
+            if (
+                trains
+                and not self.is_repeated(node)
+                and all(self.is_certain(node, call) and _extent(node) > _extent(call) for call in trains)
+            ):
+                continue  # after the training
             of_trainer = shown(owner).endswith(".args") and shown(owner) != "self.args"
             call = self.made(owner)
             if not of_trainer and call not in made:
@@ -131,6 +142,11 @@ class Script:
         for call in self.calls(f"{attribute}_"):
             if isinstance(call.func, ast.Attribute):
                 yield call.func.value, call
+
+    def sets_false(self, place: ast.expr) -> bool:
+        """place: of `places_of`."""
+        value = self._values.get(place, place.args[0] if isinstance(place, ast.Call) and place.args else None)
+        return isinstance(value, ast.Constant) and value.value is False
 
     def set_anywhere(self, name: str) -> Iterator[tuple[ast.expr, ast.expr]]:
         """An object, and what is set as this attribute of it; not None."""
@@ -173,12 +189,42 @@ class Script:
         """What makes it: as `resolved`, also through functions of the script that end in their only `return`."""
         for _ in range(20):
             node = self.resolved(node)
+            if (passed := self._passed(node)) is not None:
+                node = passed
+                continue
             function = self._functions.get(getattr(node.func, "id", "")) if isinstance(node, ast.Call) else None
             returns = [each for each in ast.walk(function) if isinstance(each, ast.Return)] if function else []
             if function is None or returns != function.body[-1:] or (value := returns[0].value) is None:
                 break
             node = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
         return node
+
+    def _passed(self, node: ast.expr) -> ast.expr | None:
+        """What an attribute of `self` gets where it is set once, a parameter where its function is called once."""
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
+            places = [place for owner, name, place in self._set if (shown(owner), name) == ("self", node.attr)]
+            return self._values.get(places[0]) if len(places) == 1 else None
+        if not isinstance(node, ast.Name):
+            return None
+        at = _extent(node)[0]
+        around = [each for each in self._functions.values() if _extent(each)[0] <= at < _extent(each)[1]]
+        function = max(around, key=lambda each: _extent(each)[0], default=None)
+        if function is None:
+            return None
+        names = [each.arg for each in (*function.args.posonlyargs, *function.args.args)]
+        is_method = names[:1] == ["self"]
+        calls = [call for call in self.calls(function.name) if isinstance(call.func, ast.Name) != is_method]
+        stored = {
+            each.id for each in ast.walk(function) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+        }
+        if len(calls) != 1 or node.id in stored or any(isinstance(each, ast.Starred) for each in calls[0].args):
+            return None
+        names = names[is_method:]
+        given = {
+            **dict(zip(names, calls[0].args, strict=False)),
+            **{each.arg: each.value for each in calls[0].keywords},
+        }
+        return given.get(node.id)
 
     def is_certain(self, node: ast.AST, *others: ast.AST) -> bool:
         """Whether the statements among which it stands hold one of the others too: no condition is between them."""

@@ -142,8 +142,9 @@ def read_message(raw: object, where: str) -> Message:
         near = difflib.get_close_matches(str(role).lower(), ROLES, n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""
         raise Unreadable("unknown_role", f"{where} has role {short(role)}; {meant}known roles are {', '.join(ROLES)}")
-    under = next((key for key in ("text", "value", "message") if isinstance(raw.get(key), str)), None)
-    if under is not None and not raw.get("content") and not raw.get("tool_calls"):
+    others = ((key, raw.get(key)) for key in ("text", "value", "message"))
+    under = next((key for key, text in others if isinstance(text, str) and text.strip()), None)
+    if under is not None and role != "tool" and not raw.get("content") and not raw.get("tool_calls"):
         raise Unreadable("bad_message", f"{where} has no content; its text is under {under!r}: write it as content")
     _check_fields(raw, where)
     train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]

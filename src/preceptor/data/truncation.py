@@ -231,6 +231,8 @@ class Fitter:
         for _ in range(_CUT_TRIES):
             share = (self._max_length - fewest) / (most - fewest)
             at = len(text) - len(_end(text, int((short - long) * share) + len(text) - short))
+            if not long < at < short:  # the beginning of a word that was tried
+                at = len(text) - len(_end(text, len(text) - (long + short) // 2))
             if not long < at < short:
                 break
             tried = self._rendered(_with_text(example, text[at:]))

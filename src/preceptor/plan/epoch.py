@@ -44,7 +44,7 @@ def of_model(sample: Sample | str, dry_run: "DryRun | None") -> Sample | str:
 
 
 def require_fitting(run: config.Run, sample: Sample | str) -> None:
-    """Raises DataError where training would have no example or reject too many, as far as the sample tells."""
+    """Raises DataError where training would have no example, as far as the sample tells."""
     if isinstance(sample, str) or not sample.whole or not sample.conversations:
         return
     longest = sample.longest(run.data.max_length)
@@ -54,17 +54,6 @@ def require_fitting(run: config.Run, sample: Sample | str) -> None:
             f"data.train: no example fits in {key} ({longest:,} tokens) with data.overflow: {run.data.overflow}; the "
             f"shortest has about {min(sample.lengths):,}: raise it, or set data.overflow"
         )
-    if (said := _too_long(run, sample)) and _refused(run, sample):
-        raise DataError(
-            f"data.train: {said}. Raise data.max_length, set data.overflow, or let them be left out with "
-            "`data.allow_rejected: [too_long]`; `preceptor check` counts exactly"
-        )
-
-
-def _refused(run: config.Run, sample: Sample) -> bool:
-    """Whether training would refuse so many examples that are too long."""
-    num, of = sample.too_long(run.data.max_length, run.data.overflow)
-    return num > run.data.max_rejected * of and "too_long" not in run.data.allow_rejected
 
 
 def _too_long(run: config.Run, sample: Sample) -> str | None:
@@ -73,7 +62,8 @@ def _too_long(run: config.Run, sample: Sample) -> str | None:
         return None
     longest = sample.longest(run.data.max_length)
     holds = "a sequence holds" if longest == run.data.max_length else "the model has learned positions for"
-    allows = f"; data.max_rejected allows {run.data.max_rejected:.1%}" if _refused(run, sample) else ""
+    refused = num > run.data.max_rejected * of and "too_long" not in run.data.allow_rejected
+    allows = f"; data.max_rejected allows {run.data.max_rejected:.1%}, see `preceptor check`" if refused else ""
     return f"about {num:,} of {counted(of, 'example')} too long ({num / of:.1%}{allows}): {holds} {longest:,} tokens"
 
 

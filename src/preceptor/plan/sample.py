@@ -29,6 +29,7 @@ from preceptor.plan.work import TurnLengths, Work
 
 SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
 _OPENING = 2  # tokens before a message, beside its role: <|im_start|>, and a line's end after the role
+_CONVERSATION: TurnLengths = ((0, 0),)  # behind one of which all is trained, where a text has nothing
 _CLOSING = 2  # tokens after it: <|im_end|>, which is trained after a target, and a line's end
 
 
@@ -115,7 +116,8 @@ class Sample:
         """Sequences of an epoch, from how densely the sample packs; None where the number of examples is not known."""
         if self.num_examples is None or not self.conversations:
             return None
-        lengths = [self.lengths[index] for index in self.drawn()]
+        own = self.lengths
+        lengths = [own[index] for index in self.drawn()]
         num_planned = len(plan_sequences(lengths, max_length, seed=0))
         return math.ceil(round(num_planned * self.num_tokens / sum(lengths), 6))
 
@@ -123,11 +125,15 @@ class Sample:
 def shortened(turns: TurnLengths, max_length: int, overflow: Overflow) -> list[TurnLengths]:
     """What stands for a conversation, about: itself, or what data/truncation.py makes of one that is too long.
 
-    A text is a turn without context.
+    A text is a turn without context, a conversation of which all is trained one with an empty turn behind it.
     """
     length = sum(map(sum, turns))
     if length <= max_length:
         return [turns] if length else []
+    if turns[1:] == _CONVERSATION:
+        if overflow == "truncate_context":
+            return [((0, max_length), *_CONVERSATION)]
+        turns = turns[:1]
     if overflow == "reject" or (turns == ((0, length),) and overflow != "split"):
         return []
     if turns == ((0, length),):  # each piece begins with the last token of the one before
@@ -274,7 +280,7 @@ def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> lis
     named = {role for record in pieces for _, role, _ in record}
     roles = {role: len(tokenizer.encode(role, add_special_tokens=False).ids) for role in named}
     found = []
-    for record in pieces:
+    for example, record in zip(examples, pieces, strict=True):
         turns: list[tuple[int, int]] = []
         context = 0
         for _, role, trained in record:
@@ -286,8 +292,10 @@ def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> lis
                 context = max(0, closing - 1)
             else:
                 context += opening + length + closing
-        if turns:  # with `all`, whatever stands up to the last target's end is trained
-            found.append(((0, sum(map(sum, turns))),) if train_on == "all" else tuple(turns))
+        if turns and train_on == "all":  # whatever stands up to the last target's end is trained
+            found.append(((0, sum(map(sum, turns))), *_CONVERSATION * isinstance(example, Conversation)))
+        elif turns:
+            found.append(tuple(turns))
     return found
 
 

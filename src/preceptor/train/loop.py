@@ -162,6 +162,7 @@ class Loop:
         """Write a checkpoint of the last step, where the run may be lengthened."""
         if self.run.checkpoint.every is not None and may_be_lengthened(self.run):
             try:
+                self.world.first(self._write_steps)
                 self.checkpoints.save(self.state)
                 self.checkpoints.wait()
             except CheckpointError as error:
@@ -262,7 +263,8 @@ class Loop:
         except NotFiniteError as error:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
-            num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
+            unwritten = sum("skipped" in line for line in self._unwritten)
+            num_skipped = world.gather(self.folder.num_skipped + unwritten if world.is_first else 0)[0]
             skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
             taken, first = StepLosses(error.loss, error.grad_norm), None
         step = Step(

@@ -79,6 +79,8 @@ def _hint(row: RawRecord, columns: Mapping[str, str] | None) -> str:
     if asked is None and said is None:
         return ", such as `columns: {question: ..., answer: ...}`" if len(names) > 1 else ""
     (question, ask), (answer, say) = asked or ("question", "..."), said or ("answer", "...")
+    if question == "instruction" and answer not in ("output", "response"):
+        answer = "output"  # so that an input is read, too
     if (question, answer) not in PAIRS[1:]:  # the first is trained without a template
         question, answer = ("prompt", "response") if (question, answer) == PAIRS[0] else ("question", "answer")
     beside = ("input", "history") if question == "instruction" else ()

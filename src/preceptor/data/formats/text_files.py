@@ -84,8 +84,8 @@ def _not_utf8(file: Path | RemoteFile, name: str) -> DataError:
                 line += error.object.count(b"\n", 0, error.start)
                 bad = error.object[error.start : error.start + 1]
                 guess = bad.decode("cp1252", errors="replace")
-                latin = f", {guess!r} in Latin-1" if guess.isalpha() else ""
-                how = ", as by `iconv -f LATIN1 -t UTF-8`" if latin else ""
+                latin = f", {guess!r} in Windows-1252" if guess.isalpha() else ""
+                how = ", as by `iconv -f CP1252 -t UTF-8`, if that is what it is" if latin else ""
                 return DataError(f"{name}:{line}: not UTF-8 text (byte 0x{bad.hex()}{latin}); convert it to UTF-8{how}")
             line += piece.count(b"\n")
             if not piece:
@@ -122,9 +122,10 @@ def parse_line(line: str, source: str) -> Row:
     except RecursionError:
         return Unreadable("unreadable", "the JSON is nested too deeply to be read")
     if isinstance(row, list) and row and isinstance(row[0], dict):
-        raise DataError(
-            f"{source}: an example must be a JSON object, found list: name a file that holds a list of examples .json"
-        )
+        helps = "name a file that holds a list of examples .json"
+        if {"role", "from"} & row[0].keys():
+            helps = 'write its messages as {"messages": [...]}'
+        raise DataError(f"{source}: an example must be a JSON object, found list: {helps}")
     return _object(row, source)
 
 
