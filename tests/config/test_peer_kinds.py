@@ -212,6 +212,20 @@ def test_a_command_of_any_trainer_that_names_a_file_of_settings(tmp_path, comman
     assert {key for key, why in found.notes if "not known" in why} <= {"launcher"}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python tune.py --model_name_or_path ~/m --output_dir ~/o --learning_rate 1e-5",
+        "accelerate launch --config_file axolotl.yml s.py "
+        "--model_name_or_path ~/m --output_dir ~/o --learning_rate 1e-5",
+        "llamafactory-cli train --stage sft --model_name_or_path ~/m --output_dir ~/o --learning_rate 1e-5",
+    ],
+)
+def test_names_and_values_of_a_command_are_no_programs_or_settings(tmp_path, command):
+    tree = converted(tmp_path, command + "\n", "a.sh").tree
+    assert (tree["model"]["path"], tree["out"], tree["optimizer"]["learning_rate"]) == ("~/m", "~/o", 1e-5)
+
+
 def test_a_setting_of_a_command_that_leads_nowhere_in_its_file_is_named(tmp_path):
     (tmp_path / "tt.yaml").write_text(yaml.safe_dump(FILES["tt.yaml"]))
     found = converted(tmp_path, "tune run full_finetune --config tt.yaml epochs.x=2 epochs=$N\n", "a.sh")

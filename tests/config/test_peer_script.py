@@ -640,6 +640,11 @@ LORA = "own = LoraConfig(r=4, target_modules=['q_proj'])\n"
         LORA
         + LOADS
         + "model = get_peft_model(model, own)\nSFTTrainer(model, args, train_dataset=data, peft_config=own)",
+        f"class T:\n    def __init__(self):\n        {LORA}        self.lora = own\n    def run(self):\n"
+        "        SFTTrainer('m', args, train_dataset=data, peft_config=self.lora)",
+        f"def train(name, lora):\n    t = SFTTrainer(name, args, train_dataset=data, peft_config=lora)\n    t.train()\n"
+        f"{LORA}train('m', own)",
+        f"{LORA}def train():\n    global own\n    SFTTrainer('m', args, train_dataset=data, peft_config=own)",
     ],
 )
 def test_an_adapter_is_the_one_that_the_trainer_gets(tmp_path, text):

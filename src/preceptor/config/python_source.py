@@ -112,8 +112,8 @@ class Script:
         Where it changes a value, stands under a condition, or comes after the trainer is made, no value can be told:
         then its place is in the place of a value.
         """
-        trains = [call for call in self.calls("train") if isinstance(call.func, ast.Attribute)]
-        trains = [call for call in trains if trainer is not None and self.resolved(call.func.value) is trainer]
+        methods = ((call, call.func) for call in self.calls("train") if trainer is not None)
+        trains = [c for c, f in methods if isinstance(f, ast.Attribute) and self.resolved(f.value) is trainer]
         for owner, name, node in self._set:
             if (
                 trains
@@ -220,10 +220,8 @@ class Script:
         if len(calls) != 1 or node.id in stored or any(isinstance(each, ast.Starred) for each in calls[0].args):
             return None
         names = names[is_method:]
-        given = {
-            **dict(zip(names, calls[0].args, strict=False)),
-            **{each.arg: each.value for each in calls[0].keywords},
-        }
+        given: dict[str | None, ast.expr] = dict(zip(names, calls[0].args, strict=False))
+        given |= {each.arg: each.value for each in calls[0].keywords}
         return given.get(node.id)
 
     def is_certain(self, node: ast.AST, *others: ast.AST) -> bool:

@@ -112,7 +112,7 @@ BROKEN = {
     "latin-1": (
         "a.jsonl",
         '{"text": "café"}'.encode("latin-1"),
-        r"a\.jsonl:1: not UTF-8 text \(byte 0xe9, 'é' in Latin-1\); convert it .*LATIN1",
+        r"a\.jsonl:1: not UTF-8 text \(byte 0xe9, 'é' in Windows-1252\); convert it .*CP1252",
     ),
     "bad byte": ("a.jsonl", (b'{"text": "%s"}\n' % (b"a" * 80)) * 2000 + b'"\xff"\n', r"a\.jsonl:2001: not UTF-8 text"),
     "bad byte packed": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n"\x81"'), r"gz:2: not UTF-8 text \(byte 0x81\)"),
