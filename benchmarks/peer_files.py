@@ -111,6 +111,7 @@ def reason(message: str, file: Path) -> str:
     short = re.sub(
         r"^(\w+Trainer, )*(\w+Trainer): it is", "it calls", re.sub(r"^:\d+: ", "", short.replace(str(file), ""))
     )
+    short = re.sub(r" \(lines [\d, ]+\)", "", short)
     return re.sub(r"`(\w+): .*?`: it", r"`\1`: it", short).removesuffix(DONE)
 
 
