@@ -53,7 +53,9 @@ def _command(arguments, before, rank):
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     from preceptor import cli
 
-    # OpenMP hangs in a forked process that starts threads where its parent had some; tests have one thread.
+    # OpenMP hangs in a forked process that starts threads where its parent had some; tests have one thread. Said once
+    # here, as torch replaces its pool of threads after a fork, which two threads must not ask for at the same time.
+    torch.set_num_threads(1)
     torch.set_num_threads = lambda num: None
     sys.argv = ["preceptor", *map(str, arguments)]
 
