@@ -9,11 +9,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import run_command
 
 from conftest import conversations
+from preceptor.commands.train import _exit_code
 
 SECONDS = 240  # of a command; a few suffice where nothing else runs
 SOURCE = Path(__file__).parents[2] / "src"
@@ -116,6 +118,23 @@ def test_a_killed_process_ends_the_run_and_is_named(run_file, tmp_path):
     assert process.returncode == 7, shown
     assert "killed: process 1 by SIGKILL" in shown and "Traceback" not in shown
     assert shown.count("error: ") == 1, shown
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([75, -9], 7),  # stopped by the launcher, as the other was killed
+        ([75, 5], 5),
+        ([7, 75, -9], 7),
+        ([5, -9], 5),
+        ([75, 75], 75),  # both were told to stop
+        ([-15, -15], 7),
+    ],
+)
+def test_the_exit_code_is_that_of_the_cause(codes, code, capsys):
+    error = SimpleNamespace(failures={rank: SimpleNamespace(exitcode=own) for rank, own in enumerate(codes)})
+    assert _exit_code(error) == code
+    assert ("by SIGKILL" in capsys.readouterr().err) == (-9 in codes and 5 not in codes)
 
 
 def test_a_signal_to_the_launcher_saves_and_says_how_to_go_on(run_file, tmp_path):

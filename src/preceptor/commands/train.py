@@ -110,19 +110,26 @@ def launch(nproc: str, arguments: Sequence[str]) -> int:
 def _exit_code(error: "Exception") -> int:
     """Of the processes that ended with an error; a killed one is named where no other says more.
 
-    The launcher itself ends by SIGTERM what still runs.
+    The launcher itself ends by SIGTERM what still runs: what such a process says of being stopped is no error.
     """
+    from preceptor.train.signals import EXIT_CODE
+
     failures = error.failures  # type: ignore[attr-defined]
     codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
+    errors = [code for code in codes if code != EXIT_CODE]
     ended = {rank: failure.exitcode for rank, failure in failures.items() if failure.exitcode < 0}
     killed = {
-        rank: code for rank, code in ended.items() if code != -signal.SIGTERM and set(codes) <= {ProcessError.exit_code}
+        rank: code
+        for rank, code in ended.items()
+        if code != -signal.SIGTERM and set(errors) <= {ProcessError.exit_code}
     }
     if killed:
         names = ", ".join(f"process {rank} by {signal.Signals(-code).name}" for rank, code in sorted(killed.items()))
         why = " (SIGKILL: memory may have run out)" if -signal.SIGKILL in killed.values() else ""
         say(f"killed: {names}{why}", error=True)
-    return codes[0] if codes else ProcessError.exit_code
+    if errors or killed or not codes:
+        return errors[0] if errors else ProcessError.exit_code
+    return EXIT_CODE
 
 
 def _train_or_stop(run: "Run", run_file: Path, options: dict[str, Any], stop: "StopRequest", world: "World") -> None:
